@@ -1,0 +1,144 @@
+// The packing codec: tensors -> frame bytes -> tensors or a weighted sum.
+//
+// Pure C++17; no Python, no global state. The format is docs/wire_format.md.
+#pragma once
+
+#include <vector>
+
+#include "index.h"
+#include "values.h"
+
+namespace rle {
+
+struct SourceTensor {
+  u32 id;
+  Dtype dtype;
+  u64 numel;
+  const void* data;  // contiguous, aligned to the dtype
+};
+
+struct PackOptions {
+  Codec codec = Codec::raw;
+  int block_log2 = kMaxBlockLog2;
+  int quant_log2 = 0;  // 0 unless the codec is quantised
+  bool stochastic = false;
+  u64 seed = 0;
+  u64 round = 0;
+  u64 fingerprint = 0;
+  bool error_feedback = false;
+};
+
+// Plans all index planes at once, so the frame's size is known before a byte is written.
+class FrameWriter {
+ public:
+  // `tensors` have strictly increasing ids and outlive the writer.
+  FrameWriter(const std::vector<SourceTensor>& tensors, const PackOptions& options);
+
+  u64 size() const { return size_; }
+
+  // Writes size() bytes. Throws std::invalid_argument if a lossy codec meets a value it
+  // cannot code as a finite number.
+  void write(u8* out) const;
+
+ private:
+  struct Body {
+    Codec codec;
+    int quant_log2;
+    u64 stored = 0;
+    u64 begin = 0;
+    u64 bytes = 0;
+    std::vector<u8> presence;
+    std::vector<BlockIndex> blocks;  // present ones
+    std::vector<u8> index;
+    std::vector<u64> masks;  // of present blocks that are not dense
+  };
+
+  Body plan(const SourceTensor& tensor, IndexEncoder& encoder) const;
+  void write_header(u8* out) const;
+  // Everything before the value plane; returns where the plane begins.
+  u8* write_index(const Body& body, u8* out) const;
+  void write_values(const SourceTensor& tensor, const Body& body, u8* values) const;
+
+  const std::vector<SourceTensor>& tensors_;
+  PackOptions options_;
+  std::vector<Body> bodies_;
+  u64 size_ = 0;
+};
+
+struct ManifestRow {
+  u32 id;
+  Dtype dtype;
+  u64 numel;
+};
+
+// What the receiver knows; nothing of it comes from the frame.
+struct Expectation {
+  std::vector<ManifestRow> rows;  // strictly increasing ids
+  u64 fingerprint;
+  u64 round;
+};
+
+// One tensor of a frame. Offsets count from the start of the frame.
+struct Entry {
+  u32 id;
+  Dtype dtype;
+  Codec codec;
+  int block_log2;
+  int quant_log2;
+  u64 numel;
+  u64 stored;
+  u64 body_begin;
+  u64 body_bytes;
+  u64 descriptors;
+  u64 index;
+  u64 values;
+  u64 scales;
+  u64 index_bytes;
+  u64 modes[kModes];
+  std::size_t manifest_row;  // only with an Expectation
+
+  u64 blocks() const { return pieces(numel, block_log2); }
+  u32 block_elements(u64 block) const {
+    const u64 left = numel - (block << block_log2);
+    return static_cast<u32>(left >> block_log2 ? u64{1} << block_log2 : left);
+  }
+};
+
+struct Frame {
+  const u8* bytes;
+  u64 length;
+  u8 minor;
+  u16 flags;
+  u64 fingerprint;
+  u64 round;
+  std::vector<Entry> entries;
+
+  ValuePlane plane(const Entry& entry) const;
+  BlockIndex descriptor(const Entry& entry, u64 nth_present, u64 block) const;
+  bool present(const Entry& entry, u64 block) const {
+    return bytes[entry.body_begin + (block >> 3)] >> (block & 7) & 1;
+  }
+};
+
+// Checks header, directory, hashes and the layout of every body; throws Refused.
+// `expected` may be null: then ids, dtypes, sizes, round and fingerprint are not compared.
+Frame parse(const u8* bytes, u64 length, const Expectation* expected);
+
+// Masks of the present, not dense blocks of one entry, one after the other.
+using Masks = std::vector<u64>;
+
+// Decodes every index stream and checks every value of one entry; throws Refused.
+Masks validate(const Frame& frame, const Entry& entry, bool allow_nonfinite);
+
+// Writes entry.numel elements of the source dtype. Cannot fail after validate.
+void decode(const Frame& frame, const Entry& entry, const Masks& masks, void* out);
+
+// out[i] += weight * value[i] at every stored position: one float32 multiplication, then
+// one float32 addition. Cannot fail after validate.
+void accumulate(const Frame& frame, const Entry& entry, const Masks& masks, float weight,
+                float* out);
+
+u64 xxh3(const u8* bytes, u64 length);
+u64 header_hash(const u8* header, const u8* directory, u64 directory_bytes);
+
+}  // namespace rle

@@ -1,0 +1,58 @@
+"""``samv2 export``: a plain Hugging Face folder that loads without samv2."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from samv2.cli import existing_folder
+
+
+def register(verbs: Any) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "export",
+        help="merge adapters and experts into a plain Hugging Face model",
+        description="Writes the run's (or bootstrapped folder's) model with every expert "
+        "re-joined and every adapter merged: the K = E model, as an ordinary Llama "
+        "folder.",
+    )
+    parser.add_argument(
+        "model",
+        type=existing_folder,
+        metavar="MODEL_OR_RUN",
+        help="run directory or bootstrapped folder",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing DIR"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb."""
+    from samv2.common.errors import CheckpointError
+    from samv2.common.files import replace_folder
+    from samv2.common.telemetry import make_console
+    from samv2.federated.run_folder import load_model_or_run
+    from samv2.models.save import export_dense
+
+    output: Path = arguments.output
+    if output.exists() and not arguments.overwrite:
+        raise CheckpointError(
+            f"{output} exists; choose another --output, or give --overwrite"
+        )
+    model, tokenizer, name = load_model_or_run(arguments.model)
+    dense = export_dense(model)
+    with replace_folder(output) as folder:
+        dense.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    make_console().print(
+        f"Exported {name} to {output}. Load it with transformers:\n"
+        f'  AutoModelForCausalLM.from_pretrained("{output}")'
+    )
+    return 0

@@ -1,0 +1,132 @@
+"""What a run writes down: console, ``metrics.jsonl`` and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from samv2.common.files import write_bytes
+
+METRICS = "metrics.jsonl"
+EVENTS = "tensorboard"
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """The console that a command talks through."""
+    return Console(stderr=stderr, highlight=False)
+
+
+def log_to(console: Console, *, verbose: bool = False) -> None:
+    """Send the product's log records to the console, warnings of libraries too."""
+    handler = RichHandler(console=console, show_path=False, rich_tracebacks=False)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
+    logging.getLogger("samv2").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@contextmanager
+def progress_bar(console: Console, text: str, total: int) -> Iterator[Any]:
+    """A bar with count, elapsed and remaining time; yields ``advance(done, total)``."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
+
+
+class MetricsLog:
+    """Appends one JSON object a round, and mirrors its numbers to TensorBoard.
+
+    Args:
+        folder: the run directory.
+        keep_rounds: rounds up to this one are kept from an earlier start of the run;
+            later ones will be run again and are dropped.
+    """
+
+    def __init__(self, folder: Path, *, keep_rounds: int = -1) -> None:
+        self.path = Path(folder) / METRICS
+        kept = [row for row in read_metrics(folder) if row["round"] <= keep_rounds]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_bytes(self.path, text.encode())
+        self._writer = SummaryWriter(
+            str(Path(folder) / EVENTS), purge_step=keep_rounds + 1
+        )
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add a round's object; it must hold ``round``; NaN and infinity become null."""
+        clean = _without_nonfinite(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean, allow_nan=False) + "\n")
+        for name, value in _scalars(clean):
+            self._writer.add_scalar(name, value, row["round"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the TensorBoard file."""
+        self._writer.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``; a last line that was cut off is left out."""
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _scalars(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield prefix + key, value
+
+
+def number_table(
+    title: str, columns: list[str], rows: list[list[str]], *, caption: str = ""
+) -> Table:
+    """A Rich table whose first column is text and whose others are numbers."""
+    table = Table(title=title, caption=caption or None, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table

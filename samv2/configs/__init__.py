@@ -1,0 +1,24 @@
+"""Named configurations: TOML files that ``--config NAME`` finds."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from samv2.common.errors import ConfigError
+
+
+def config_path(name: str) -> Path:
+    """A file by path, or one of the shipped configurations by name.
+
+    Raises:
+        ConfigError: there is neither; lists the shipped names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = Path(str(files(__name__))) / f"{name}.toml"
+    if shipped.is_file():
+        return shipped
+    names = sorted(item.stem for item in Path(str(files(__name__))).glob("*.toml"))
+    raise ConfigError(
+        [f"there is no config {name!r}; give a TOML file or one of {', '.join(names)}"]
+    )

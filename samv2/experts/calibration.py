@@ -1,0 +1,145 @@
+"""Closed-form calibration of one converted layer: surrogates and gate.
+
+Both are fitted on the FFN inputs x of calibration tokens, on the stream of the layers
+already converted, with every token weighted by 1 / ||target||^2 (a few tokens carry
+norms above 1e4 and would rule a plain least-squares fit).
+
+Surrogates S_e(x) = V_e U x + b_e, one U (Q x D) a layer: reduced-rank ridge regression
+of all experts' outputs on x (Izenman 1975). With C = X'X + lambda I and
+M_e = X'Y_e, the columns of C^(1/2) U' are the leading eigenvectors of
+sum_e C^(-1/2) M_e M_e' C^(-1/2), and V_e = U M_e.
+
+Gate g = G x + c: ridge regression on what a visit gains, ||FFN_e(x) - S_e(x)||
+(the norm-predicting router of D2DMoE, arXiv 2310.04361).
+
+Shapes: N calibration tokens, D model width, E experts, F rows an expert, Q rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from samv2_kernels import ExpertWeights, Surrogates
+
+RIDGE = 1e-2
+"""lambda as a fraction of the mean diagonal of X'X."""
+LEAST_RIDGE = 1e-6
+"""lambda where the inputs do not vary, e.g. a single token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """The router's linear layer: scores g = weight x + bias."""
+
+    weight_ED: Tensor
+    """(E, D) float32."""
+    bias_E: Tensor
+    """(E,) float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Centred, weighted second moments of the inputs, and their factorisation."""
+
+    mean_D: Tensor
+    root_inverse_DD: Tensor
+    """(X'X + lambda I)^(-1/2)."""
+    weight_N: Tensor
+    """Token weights, mean 1."""
+
+
+def expert_output(x_ND: Tensor, weights: ExpertWeights, expert: int) -> Tensor:
+    """FFN_e(x), (N, D), in the dtype of the weights."""
+    x_ND = x_ND.to(weights.gate_EFD.dtype)
+    gate_NF = x_ND @ weights.gate_EFD[expert].T
+    up_NF = x_ND @ weights.up_EFD[expert].T
+    return (silu(gate_NF) * up_NF) @ weights.down_EFD[expert]
+
+
+def input_moments(x_ND: Tensor, target_norm_N: Tensor) -> Moments:
+    """Weighted moments of the inputs.
+
+    Args:
+        x_ND: (N, D) FFN inputs.
+        target_norm_N: (N,) norms of what the layer should produce; tokens are weighted
+            by their inverse squares.
+    """
+    weight_N = target_norm_N.float().clamp(min=1e-6).pow(-2)
+    weight_N = weight_N / weight_N.mean()
+    x_ND = x_ND.float()
+    mean_D = (weight_N.unsqueeze(1) * x_ND).mean(dim=0)
+    centred_ND = x_ND - mean_D
+    second_DD = (centred_ND * weight_N.unsqueeze(1)).T @ centred_ND
+    values_D, vectors_DD = torch.linalg.eigh(second_DD.double())
+    ridge = RIDGE * second_DD.diagonal().double().mean()
+    values_D = values_D.clamp(min=0) + ridge.clamp(min=LEAST_RIDGE)
+    root_inverse_DD = (vectors_DD * values_D.rsqrt()) @ vectors_DD.T
+    return Moments(
+        mean_D=mean_D, root_inverse_DD=root_inverse_DD.float(), weight_N=weight_N
+    )
+
+
+def fit_surrogates(
+    x_ND: Tensor, weights: ExpertWeights, moments: Moments, rank: int
+) -> Surrogates:
+    """Reduced-rank ridge regression of every expert's output on the layer's input.
+
+    Args:
+        x_ND: (N, D) FFN inputs.
+        weights: the layer's E experts.
+        moments: of the same inputs.
+        rank: Q, 1 <= Q <= D.
+    """
+    num_experts, _, width = weights.gate_EFD.shape
+    weight_N1 = moments.weight_N.unsqueeze(1)
+    centred_ND = (x_ND.float() - moments.mean_D) * weight_N1
+    crosses, means = [], []
+    for expert in range(num_experts):
+        y_ND = expert_output(x_ND, weights, expert).float()
+        means.append((weight_N1 * y_ND).mean(dim=0))
+        crosses.append(moments.root_inverse_DD @ (centred_ND.T @ y_ND))
+    cross_EDD = torch.stack(crosses)
+    gram_DD = torch.einsum("eij,ekj->ik", cross_EDD, cross_EDD)
+    leading_DQ = torch.linalg.eigh(gram_DD.double())[1][:, -min(rank, width) :].float()
+    shared_QD = leading_DQ.T @ moments.root_inverse_DD
+    out_EQD = torch.einsum("dq,edk->eqk", leading_DQ, cross_EDD)
+    bias_ED = torch.stack(means) - (shared_QD @ moments.mean_D) @ out_EQD
+    return Surrogates(shared_QD=shared_QD, out_EQD=out_EQD, bias_ED=bias_ED)
+
+
+def fit_gate(
+    x_ND: Tensor,
+    weights: ExpertWeights,
+    moments: Moments,
+    surrogates: Surrogates | None,
+) -> Gate:
+    """Ridge regression of ||FFN_e(x) - S_e(x)|| on x (S = 0 without surrogates)."""
+    gains = []
+    for expert in range(weights.gate_EFD.shape[0]):
+        gain_ND = expert_output(x_ND, weights, expert).float()
+        if surrogates is not None:
+            low_NQ = x_ND.float() @ surrogates.shared_QD.T
+            gain_ND = gain_ND - low_NQ @ surrogates.out_EQD[expert]
+            gain_ND = gain_ND - surrogates.bias_ED[expert]
+        gains.append(gain_ND.norm(dim=1))
+    gain_NE = torch.stack(gains, dim=1)
+    weight_N1 = moments.weight_N.unsqueeze(1)
+    mean_E = (weight_N1 * gain_NE).mean(dim=0)
+    centred_ND = (x_ND.float() - moments.mean_D) * weight_N1
+    cross_DE = moments.root_inverse_DD @ (centred_ND.T @ (gain_NE - mean_E))
+    weight_ED = (moments.root_inverse_DD @ cross_DE).T
+    return Gate(weight_ED=weight_ED, bias_E=mean_E - weight_ED @ moments.mean_D)
+
+
+def average_gate(weights: ExpertWeights) -> Gate:
+    """EMoE's avg-k gate: the mean gate-projection row of each expert, no bias.
+
+    It needs no text. On a converted SwiGLU model it ranks experts badly, far worse than
+    the calibrated gate; it is here as the published method.
+    """
+    weight_ED = weights.gate_EFD.float().mean(dim=1)
+    return Gate(weight_ED=weight_ED, bias_E=weight_ED.new_zeros(weight_ED.shape[0]))

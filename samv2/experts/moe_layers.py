@@ -1,0 +1,381 @@
+"""The FFN of a converted layer: route, walk, run the visited experts, combine.
+
+    unit:     y = sum_{e visited} (1 + u_e p_e) FFN_e(h_e) + sum_{e not visited} S_e(x)
+    softmax:  y = sum_{e visited} p_e FFN_e(h_e)
+
+``unit`` is the function-preserving combine: p is the softmax over all routed scores, u
+is trainable and 0 at the start, so K = E is the dense FFN (the 1 + u p form is CMoE's,
+arXiv 2502.04416). ``softmax`` is EMoE's formula with p over the visited experts (the
+top-K on the complete graph); on a converted SwiGLU model it scales every expert down and takes perplexity from tens to millions,
+even at K = E. It is here for models trained that way.
+
+Shapes: B sequences, S positions, T = B S tokens, D model width, E experts, F rows an
+expert, R adapter rank, K visits a token, M masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from samv2.common.errors import ModelError
+from samv2.experts.calibration import Gate
+from samv2_kernels import (
+    ExpertAdapters,
+    ExpertWeights,
+    Surrogates,
+    Walk,
+    grouped_experts,
+    masked_dense_experts,
+    walk,
+)
+from samv2_kernels.reference import choose_topk
+
+COMBINES = ("unit", "softmax")
+GROUPING_PAYS_BELOW = 0.125
+"""On a CPU, grouping beats the masked dense FFN below this share of visited experts."""
+
+Recorder = Callable[[int, Walk], None]
+"""Called with the layer's index and its walk on every forward pass."""
+MaskMaker = Callable[..., Tensor]
+"""The assembler's call: (context_BD, layer, server_mask_EE, ...) -> (B, E, E)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkOptions:
+    """What a caller may choose for one forward pass."""
+
+    experts_per_token: int | None = None
+    """K for this pass; None keeps each layer's own."""
+    use_assembler: bool = True
+    """False walks the server graph alone."""
+    temperature: float = 1.0
+    """Of the assembler's soft mask (training)."""
+    generator: torch.Generator | None = None
+    """Noise of the assembler's mask; None means evaluation: no noise."""
+    fill: bool = False
+    """Complete smaller sets best-first."""
+    recorder: Recorder | None = None
+    """Sees every walk; used for usage counts and traces."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixState:
+    """Sum of the FFN inputs of a sequence's prefix seen so far, for the assembler."""
+
+    sum_BD: Tensor
+    count: int
+    """Prefix positions summed, at most the prefix length."""
+    offset: int
+    """Positions seen in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenFactors:
+    """The adapters' factors that all experts and clients share."""
+
+    gate_RD: Tensor
+    up_RD: Tensor
+    down_DR: Tensor
+    scale: float
+
+
+class ExpertGraphMLP(nn.Module):
+    """A SwiGLU FFN as a graph of experts.
+
+    Args:
+        layer: index among the converted layers.
+        weights: base blocks, (E, F, D) each.
+        gate: calibrated or averaged gate.
+        surrogates: linear stand-ins, or None.
+        factors: the adapters' frozen factors.
+        edge_mask_EE: (E, E) bool, the server graph.
+        order_E: (E,) int64, storage id at each position.
+        num_shared: experts 0..num_shared-1 (storage ids) are always visited.
+        experts_per_token: K, shared experts included.
+        combine: ``unit`` or ``softmax``.
+        chains: run edges with their strengths (alpha); False keeps alpha at 0, so that
+            edges gate reachability and carry no data.
+        assembler: makes masks from a prefix's context, or None.
+        prefix_tokens: how many leading positions form the context.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        weights: ExpertWeights,
+        gate: Gate,
+        surrogates: Surrogates | None,
+        factors: FrozenFactors,
+        edge_mask_EE: Tensor,
+        order_E: Tensor,
+        num_shared: int,
+        experts_per_token: int,
+        combine: str = "unit",
+        chains: bool = False,
+        assembler: MaskMaker | None = None,
+        prefix_tokens: int = 32,
+    ) -> None:
+        super().__init__()
+        num_experts, width, _ = weights.gate_EFD.shape
+        rank = factors.gate_RD.shape[0]
+        if combine not in COMBINES:
+            raise ModelError(f"experts.combine is {combine!r}; use one of {COMBINES}")
+        check_visits(experts_per_token, num_shared, num_experts)
+        self.layer = layer
+        self.experts_per_token = experts_per_token
+        self.combine = combine
+        self.chains = chains
+        self.prefix_tokens = prefix_tokens
+        self.assembler = assembler
+        self.scale = factors.scale
+
+        self.register_buffer("gate_EFD", weights.gate_EFD)
+        self.register_buffer("up_EFD", weights.up_EFD)
+        self.register_buffer("down_EFD", weights.down_EFD)
+        for name in ("shared_QD", "out_EQD", "bias_ED"):
+            value = getattr(surrogates, name) if surrogates is not None else None
+            self.register_buffer(f"surrogate_{name}", value)
+        self.register_buffer("factor_gate_RD", factors.gate_RD)
+        self.register_buffer("factor_up_RD", factors.up_RD)
+        self.register_buffer("factor_down_DR", factors.down_DR)
+        self.register_buffer("edge_mask_EE", edge_mask_EE)
+        self.register_buffer("order_E", order_E)
+        shared_E = torch.zeros(num_experts, dtype=torch.bool)
+        shared_E[:num_shared] = True
+        self.register_buffer("shared_E", shared_E, persistent=False)
+
+        self.gate_weight_ED = nn.Parameter(gate.weight_ED.float().clone())
+        self.gate_bias_E = nn.Parameter(gate.bias_E.float().clone())
+        self.mix_E = nn.Parameter(torch.zeros(num_experts))
+        self.edge_strength_EE = nn.Parameter(torch.zeros(num_experts, num_experts))
+        self.adapter_gate_EFR = nn.Parameter(torch.zeros(num_experts, width, rank))
+        self.adapter_up_EFR = nn.Parameter(torch.zeros(num_experts, width, rank))
+        self.adapter_down_ERF = nn.Parameter(torch.zeros(num_experts, rank, width))
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.gate_EFD.shape[0]
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The frozen base blocks."""
+        return ExpertWeights(
+            gate_EFD=self.gate_EFD, up_EFD=self.up_EFD, down_EFD=self.down_EFD
+        )
+
+    @property
+    def adapters(self) -> ExpertAdapters:
+        """The trainable rows with their frozen factors."""
+        return ExpertAdapters(
+            shared_gate_RD=self.factor_gate_RD,
+            shared_up_RD=self.factor_up_RD,
+            shared_down_DR=self.factor_down_DR,
+            gate_EFR=self.adapter_gate_EFR,
+            up_EFR=self.adapter_up_EFR,
+            down_ERF=self.adapter_down_ERF,
+            scale=self.scale,
+        )
+
+    @property
+    def surrogates(self) -> Surrogates | None:
+        """The stand-ins of experts that are not visited."""
+        if self.surrogate_shared_QD is None:
+            return None
+        return Surrogates(
+            shared_QD=self.surrogate_shared_QD,
+            out_EQD=self.surrogate_out_EQD,
+            bias_ED=self.surrogate_bias_ED,
+        )
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        options: WalkOptions | None = None,
+        prefix: PrefixState | None = None,
+    ) -> tuple[Tensor, PrefixState]:
+        """Run the layer.
+
+        Args:
+            x_BSD: (B, S, D) FFN inputs of S consecutive positions.
+            options: choices for this pass; None means evaluation defaults.
+            prefix: state after the positions before these; None at position 0.
+
+        Returns:
+            (B, S, D) outputs, and the state to pass with the following positions.
+        """
+        options = options or WalkOptions()
+        batch, length, model_width = x_BSD.shape
+        state = self._advance(x_BSD, prefix)
+        x_TD = x_BSD.reshape(-1, model_width)
+        scores_TE = x_TD.float() @ self.gate_weight_ED.T + self.gate_bias_E
+        k = options.experts_per_token
+        if k is None:
+            k = self.experts_per_token
+        check_visits(k, int(self.shared_E.sum()), self.num_experts)
+        walked = self._walk(scores_TE, state, batch, length, k, options)
+        if options.recorder is not None:
+            options.recorder(self.layer, walked)
+        y_TD = self._experts(x_TD, walked, self._weigh(scores_TE, walked))
+        return y_TD.view(batch, length, model_width), state
+
+    def _advance(self, x_BSD: Tensor, prefix: PrefixState | None) -> PrefixState:
+        """Add this chunk's part of the prefix to the context sum."""
+        if prefix is None:
+            zero_BD = x_BSD.new_zeros(x_BSD.shape[0], x_BSD.shape[2]).float()
+            prefix = PrefixState(sum_BD=zero_BD, count=0, offset=0)
+        inside = min(max(self.prefix_tokens - prefix.offset, 0), x_BSD.shape[1])
+        head_BD = x_BSD[:, :inside].detach().float().sum(dim=1)
+        return PrefixState(
+            sum_BD=prefix.sum_BD + head_BD,
+            count=prefix.count + inside,
+            offset=prefix.offset + x_BSD.shape[1],
+        )
+
+    def _walk(
+        self,
+        scores_TE: Tensor,
+        state: PrefixState,
+        batch: int,
+        length: int,
+        k: int,
+        options: WalkOptions,
+    ) -> Walk:
+        """Walk in positions; the result is in storage ids."""
+        masks_MEE = self.edge_mask_EE.unsqueeze(0)
+        mask_index_T = None
+        assembled = self.assembler is not None and options.use_assembler
+        if assembled and state.offset > self.prefix_tokens:
+            context_BD = state.sum_BD / max(state.count, 1)
+            made_BEE = self.assembler(
+                context_BD,
+                self.layer,
+                self.edge_mask_EE,
+                temperature=options.temperature,
+                generator=options.generator,
+            )
+            masks_MEE = torch.cat([masks_MEE.to(made_BEE.dtype), made_BEE])
+            position_S = torch.arange(length) + state.offset - length
+            inside_S = (position_S < self.prefix_tokens).to(scores_TE.device)
+            own_B1 = 1 + torch.arange(batch, device=scores_TE.device).unsqueeze(1)
+            mask_index_T = torch.where(inside_S, 0, own_B1).reshape(-1)
+
+        placed_TE = scores_TE[:, self.order_E]
+        shared_E = self.shared_E[self.order_E]
+        walked = walk(
+            placed_TE.detach(),
+            masks_MEE,
+            experts_per_token=k,
+            mask_index_T=mask_index_T,
+            shared_E=shared_E,
+            chosen_TE=self._choose(placed_TE, shared_E, k),
+            fill=options.fill,
+        )
+        return _renamed(walked, self.order_E, torch.argsort(self.order_E))
+
+    def _choose(self, scores_TE: Tensor, shared_E: Tensor, k: int) -> Tensor:
+        """q: hard in value, with the gradient of sigmoid(g - threshold)."""
+        visits = k - int(shared_E.sum())
+        routed_TE = scores_TE.masked_fill(shared_E, -torch.inf)
+        chosen_TE = choose_topk(routed_TE, visits)
+        if not scores_TE.requires_grad or not 0 < visits < int((~shared_E).sum()):
+            return chosen_TE
+        threshold_T1 = routed_TE.detach().topk(visits, dim=1).values[:, -1:]
+        soft_TE = torch.sigmoid(scores_TE - threshold_T1)
+        return chosen_TE.float() + (soft_TE - soft_TE.detach())
+
+    def _weigh(self, scores_TE: Tensor, walked: Walk) -> Tensor:
+        """Combine weights of the visited experts, (T, E) float32."""
+        if self.combine == "softmax":
+            visited_TE = scores_TE.masked_fill(~walked.visited_TE, -torch.inf)
+            return torch.softmax(visited_TE, dim=1) * walked.reached_TE
+        share_TE = torch.softmax(
+            scores_TE.masked_fill(self.shared_E, -torch.inf), dim=1
+        )
+        if bool(self.shared_E.all()):
+            share_TE = torch.zeros_like(scores_TE)
+        return walked.reached_TE * (1 + self.mix_E * share_TE)
+
+    def _experts(self, x_TD: Tensor, walked: Walk, combine_TE: Tensor) -> Tensor:
+        surrogates = self.surrogates if self.combine == "unit" else None
+        slots = walked.expert_ids_TK.shape[1]
+        if self.chains or slots < GROUPING_PAYS_BELOW * self.num_experts:
+            return grouped_experts(
+                x_TD,
+                walked,
+                combine_TE,
+                self.weights,
+                adapters=self.adapters,
+                surrogates=surrogates,
+                edge_strength_EE=self.edge_strength_EE if self.chains else None,
+            )
+        return masked_dense_experts(
+            x_TD,
+            walked.reached_TE,
+            combine_TE,
+            self.weights,
+            adapters=self.adapters,
+            surrogates=surrogates,
+        )
+
+
+def check_visits(experts_per_token: int, num_shared: int, num_experts: int) -> None:
+    """Refuse a K that cannot be walked.
+
+    Raises:
+        ModelError: K is outside num_shared..E, or below 1.
+    """
+    if not max(1, num_shared) <= experts_per_token <= num_experts:
+        raise ModelError(
+            f"experts_per_token is {experts_per_token}; with {num_shared} shared experts "
+            f"of {num_experts} it must lie in {max(1, num_shared)}..{num_experts}"
+        )
+
+
+def to_positions(walked: Walk, order_E: Tensor) -> Walk:
+    """A walk in storage ids, as recorders see it, in positions of the graph."""
+    return _renamed(walked, torch.argsort(order_E), order_E)
+
+
+def _renamed(walked: Walk, new_id_E: Tensor, old_id_E: Tensor) -> Walk:
+    """Expert i is called ``new_id_E[i]``; column j of the result was ``old_id_E[j]``."""
+    used_TK = walked.expert_ids_TK >= 0
+    ids_TK = new_id_E[walked.expert_ids_TK.clamp(min=0)]
+    return Walk(
+        expert_ids_TK=torch.where(used_TK, ids_TK, -1),
+        parent_slot_TK=walked.parent_slot_TK,
+        depth_TK=walked.depth_TK,
+        reached_TE=walked.reached_TE[:, old_id_E],
+        chosen_TE=walked.chosen_TE[:, old_id_E],
+    )
+
+
+def ffn_flops_fraction(
+    *,
+    model_width: int,
+    ffn_width: int,
+    num_experts: int,
+    experts_per_token: int,
+    surrogate_rank: int,
+) -> float:
+    """Multiply-adds of a converted FFN over those of the dense one, per token.
+
+    Counts the gate (E D), the visited experts, shared ones included (K 3 F D), and the
+    surrogates: their shared factor (Q D), then the sum of all and the visited ones or
+    the absent ones alone (Q D each), whichever is fewer. Adapters are not counted.
+    """
+    dense = 3 * ffn_width * model_width
+    if experts_per_token == num_experts:
+        surrogate = 0
+    else:
+        absent = num_experts - experts_per_token
+        blocks = min(experts_per_token + 1, absent)
+        surrogate = surrogate_rank * model_width * (1 + blocks)
+    gate = num_experts * model_width
+    experts = experts_per_token * 3 * (ffn_width // num_experts) * model_width
+    return (gate + experts + surrogate) / dense

@@ -1,0 +1,317 @@
+"""The client's half of a round: request in, reply out; no framework.
+
+receive -> apply graph and parameters -> train -> update -> select -> pack -> reply
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from samv2.common.callbacks import TrainerCallback
+from samv2.common.errors import FederationError, GraphError
+from samv2.common.settings import Settings
+from samv2.data.shards import load_client
+from samv2.data.tokens import windows
+from samv2.experts.graph import Edit, ExpertGraph, apply_edits
+from samv2.federated.client_state import (
+    ClientState,
+    load_client_state,
+    save_client_state,
+)
+from samv2.federated.local_step import LocalResult, local_step
+from samv2.federated.usage import pack_usage
+from samv2.models.adapters import assembler_id
+from samv2.models.expert_model import ExpertModel
+from samv2.models.perplexity import Score, score_windows
+from samv2.models.save import load_expert_model
+from samv2.updates.packing import Manifest, pack, unpack
+from samv2.updates.sparsify import next_residual, select_blocks, with_residual
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientRuntime:
+    """What a client process holds; one runtime serves many clients in turn."""
+
+    model: ExpertModel
+    base_blocks: dict[int, Tensor]
+    """The bootstrapped model's trainable blocks."""
+    manifest: Manifest
+    shards: Path
+    """Folder of the clients' shards; a deployed client's holds its own only."""
+    states: Path
+    """Folder of the clients' states."""
+    settings: Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphMessage:
+    """How a client brings its graph to the server's version."""
+
+    version: int
+    full: bytes | None
+    """Packed full graph (see :func:`pack_graph`), or None where edits suffice."""
+    edits: tuple[Edit, ...]
+    """The batch from ``version - 1`` to ``version``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRequest:
+    """Server to client."""
+
+    round: int
+    graph: GraphMessage
+    parameters: bytes
+    """Frame of the trained blocks, differences from the bootstrapped model."""
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReply:
+    """Client to server."""
+
+    update: bytes
+    """Frame of the selected blocks."""
+    usage: bytes
+    """Frame of usage and demand counts."""
+    graph_version: int
+    examples: int
+    tokens: int
+    train_loss: float
+    seconds: float
+
+
+def load_runtime(
+    model_folder: Path, shards: Path, states: Path, settings: Settings
+) -> ClientRuntime:
+    """Load the bootstrapped model and remember its starting blocks."""
+    model, _ = load_expert_model(model_folder)
+    model.set_experts_per_token(settings.experts.experts_per_token)
+    base_blocks = model.read_blocks()
+    return ClientRuntime(
+        model=model,
+        base_blocks=base_blocks,
+        manifest=Manifest.of(base_blocks),
+        shards=shards,
+        states=states,
+        settings=settings,
+    )
+
+
+def train_round(
+    runtime: ClientRuntime,
+    client: int,
+    request: RoundRequest,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainReply:
+    """One client's training round.
+
+    Args:
+        runtime: the process's model and folders.
+        client: index of the client, from 0.
+        request: what the server sent.
+        callbacks: watch the local training.
+
+    Raises:
+        FrameError: the parameters' frame is damaged.
+        GraphError: the graph cannot be brought to the server's version
+            (the server then sends the full graph).
+        FederationError: training failed.
+    """
+    settings = runtime.settings
+    folder = _state_folder(runtime, client)
+    state = load_client_state(folder, before_round=request.round)
+    graph = update_graph(state.graph, request.graph)
+    received = _load_round(runtime, request, graph)
+    shard = load_client(runtime.shards, client)
+    result = local_step(
+        runtime.model,
+        shard.train,
+        settings.train,
+        seed=round_seed(settings.seed, request.round, client),
+        temperature=request.temperature,
+        callbacks=callbacks,
+    )
+    trained = runtime.model.read_blocks()
+    update = {key: trained[key] - received[key] for key in trained}
+    frame, residual = _pack_update(
+        runtime, update, state.residual, request.round, client
+    )
+    save_client_state(
+        folder, ClientState(residual=residual, graph=graph), round=request.round
+    )
+    return _reply(frame, result, graph, request.round)
+
+
+def evaluate_round(
+    runtime: ClientRuntime, client: int, request: RoundRequest
+) -> dict[str, Score]:
+    """Score the client's held-out text by domain with the round's parameters.
+
+    The graph must come in full: an evaluation does not touch the client's state.
+    """
+    graph = update_graph(None, request.graph)
+    _load_round(runtime, request, graph)
+    train = runtime.settings.train
+    shard = load_client(runtime.shards, client)
+    scores = {}
+    for domain, stream in shard.heldout.items():
+        if len(stream) < train.sequence_length:
+            continue
+        held_NS = windows(
+            stream, train.sequence_length, runtime.settings.federation.eval_windows
+        )
+        scores[domain] = score_windows(
+            runtime.model, held_NS, batch_size=train.batch_size
+        )
+    return scores
+
+
+def update_graph(known: ExpertGraph | None, message: GraphMessage) -> ExpertGraph:
+    """Bring a client's graph to the server's version.
+
+    Raises:
+        GraphError: edits do not follow on what the client knows.
+    """
+    if message.full is not None:
+        return unpack_graph(message.full, version=message.version)
+    if known is None:
+        raise GraphError(
+            f"the server sent edits to graph version {message.version}, but this client "
+            "knows no graph; ask for the full graph"
+        )
+    if known.version == message.version:
+        return known
+    return apply_edits(known, message.edits, version=message.version)
+
+
+def pack_graph(graph: ExpertGraph) -> bytes:
+    """A graph as JSON: order and upper-triangular rows as hexadecimal bit strings."""
+    rows = [
+        [f"{sum(int(on) << dst for dst, on in enumerate(row)):x}" for row in layer]
+        for layer in graph.edge_mask_LEE.tolist()
+    ]
+    return json.dumps({"order": graph.order_LE.tolist(), "rows": rows}).encode()
+
+
+def unpack_graph(data: bytes, *, version: int) -> ExpertGraph:
+    """The inverse of :func:`pack_graph`.
+
+    Raises:
+        GraphError: the bytes are no graph.
+    """
+    try:
+        value = json.loads(data)
+        order_LE = torch.tensor(value["order"], dtype=torch.long)
+        experts = order_LE.shape[1]
+        masks = [
+            [[bool(int(row, 16) >> dst & 1) for dst in range(experts)] for row in layer]
+            for layer in value["rows"]
+        ]
+        return ExpertGraph(
+            edge_mask_LEE=torch.tensor(masks, dtype=torch.bool),
+            order_LE=order_LE,
+            version=version,
+        )
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise GraphError(f"the graph that was sent cannot be read: {error}") from None
+
+
+def edits_to_json(edits: Sequence[Edit]) -> str:
+    """Edits as a JSON list."""
+    return json.dumps([asdict(edit) for edit in edits])
+
+
+def edits_from_json(text: str) -> tuple[Edit, ...]:
+    """The inverse of :func:`edits_to_json`.
+
+    Raises:
+        GraphError: the text is no list of edits.
+    """
+    try:
+        return tuple(Edit(**item) for item in json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise GraphError(f"the edits that were sent cannot be read: {error}") from None
+
+
+def round_seed(seed: int, round: int, client: int) -> int:
+    """A seed for one client's round; the same run repeats it."""
+    return (seed * 1_000_003 + round) * 1_000_003 + client * 2
+
+
+def _load_round(
+    runtime: ClientRuntime, request: RoundRequest, graph: ExpertGraph
+) -> dict[int, Tensor]:
+    """Write the round's parameters and graph into the model; returns the parameters."""
+    sent = unpack(request.parameters, runtime.manifest, round=request.round)
+    received = {
+        key: base + sent[key] if key in sent else base
+        for key, base in runtime.base_blocks.items()
+    }
+    runtime.model.write_blocks(received)
+    runtime.model.set_graph(graph)
+    return received
+
+
+def _pack_update(
+    runtime: ClientRuntime,
+    update: dict[int, Tensor],
+    residual: dict[int, Tensor],
+    round: int,
+    client: int,
+) -> tuple[bytes, dict[int, Tensor]]:
+    """The frame to send and the residual to keep."""
+    federation = runtime.settings.federation
+    full = with_residual(update, residual)
+    layers = runtime.model.expert_layers
+    chosen = select_blocks(
+        full,
+        codec=federation.codec,
+        update_budget_bytes=federation.update_budget_bytes,
+        send_experts=federation.send_experts,
+        experts_per_layer=layers[0].num_experts,
+        always=[assembler_id(layers)],
+    )
+    if not chosen:
+        raise FederationError(
+            "nothing was trained: every block of the update is zero or larger than "
+            f"federation.update_budget_bytes = {federation.update_budget_bytes}"
+        )
+    feedback = federation.error_feedback
+    frame = pack(
+        {key: full[key] for key in chosen},
+        runtime.manifest,
+        round=round,
+        codec=federation.codec,
+        stochastic_seed=(
+            None
+            if feedback or federation.codec == "raw"
+            else round_seed(runtime.settings.seed, round, client)
+        ),
+        error_feedback=feedback > 0,
+    )
+    decoded = unpack(frame, runtime.manifest, round=round)
+    return frame, next_residual(full, decoded, decay=feedback)
+
+
+def _reply(
+    frame: bytes, result: LocalResult, graph: ExpertGraph, round: int
+) -> TrainReply:
+    return TrainReply(
+        update=frame,
+        usage=pack_usage(result.counts, round=round),
+        graph_version=graph.version,
+        examples=result.examples,
+        tokens=result.tokens,
+        train_loss=result.mean_loss,
+        seconds=result.seconds,
+    )
+
+
+def _state_folder(runtime: ClientRuntime, client: int) -> Path:
+    return runtime.states / f"client_{client:04d}"

@@ -1,0 +1,91 @@
+"""What a client keeps on its own disk between rounds: residual and graph.
+
+One safetensors file a round, ``client_0003/round_0007.safetensors``, written whole or
+not at all. A round reads the newest file of an *earlier* round, so a round that is run
+again after a crash starts from the same state.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from samv2.common.errors import CheckpointError
+from samv2.common.files import write_bytes
+from samv2.experts.graph import ExpertGraph
+
+KEEP = 3
+FILE = re.compile(r"round_(\d{4,})\.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientState:
+    """A client's memory after a round."""
+
+    residual: dict[int, Tensor] = field(default_factory=dict)
+    """{expert_id: float32} kept back by error feedback."""
+    graph: ExpertGraph | None = None
+    """The server graph as this client last knew it; None before its first round."""
+
+
+def load_client_state(folder: Path, *, before_round: int) -> ClientState:
+    """The state after the newest round before ``before_round``; empty if there is none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    earlier = [item for item in _files(folder) if item[0] < before_round]
+    if not earlier:
+        return ClientState()
+    path = earlier[-1][1]
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            version = int((file.metadata() or {})["graph_version"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"the client state {path} is damaged ({error}); remove it: the client then "
+            "forgets its residual and asks for the full graph"
+        ) from None
+    graph = None
+    if version >= 0:
+        graph = ExpertGraph(
+            edge_mask_LEE=tensors.pop("edge_mask_LEE"),
+            order_LE=tensors.pop("order_LE"),
+            version=version,
+        )
+    return ClientState(
+        residual={int(name): tensor for name, tensor in tensors.items()}, graph=graph
+    )
+
+
+def save_client_state(folder: Path, state: ClientState, *, round: int) -> None:
+    """Write the state after ``round`` and drop all but the newest three."""
+    tensors = {str(key): value for key, value in state.residual.items()}
+    version = -1
+    if state.graph is not None:
+        tensors["edge_mask_LEE"] = state.graph.edge_mask_LEE
+        tensors["order_LE"] = state.graph.order_LE
+        version = state.graph.version
+    data = save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        metadata={"graph_version": str(version)},
+    )
+    write_bytes(Path(folder) / f"round_{round:04d}.safetensors", data)
+    for _, old in _files(folder)[:-KEEP]:
+        old.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[tuple[int, Path]]:
+    if not Path(folder).is_dir():
+        return []
+    found = []
+    for path in Path(folder).iterdir():
+        if match := FILE.fullmatch(path.name):
+            found.append((int(match[1]), path))
+    return sorted(found)

@@ -1,0 +1,372 @@
+"""Messages as Flower records, and the embedded grid that drives client apps in turn.
+
+The embedded grid hands the same messages to the same ``ClientApp`` as Flower's own
+engines do, in this process or in worker processes of one torch thread each. A client's
+result depends on its message alone, so the bits do not depend on how many workers run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from flwr.app import (
+    DEFAULT_TTL,
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.app.metadata import Metadata
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from samv2.common.errors import FederationError, FrameError
+from samv2.federated.client_round import (
+    GraphMessage,
+    RoundRequest,
+    TrainReply,
+    edits_from_json,
+    edits_to_json,
+)
+
+FRAME_STYPE = "samv2.frame.v1"
+GRAPH_STYPE = "samv2.graph.v1"
+RUN_ID = 1
+SERVER_NODE = 1
+FIRST_NODE = 100
+CLIENT_FAILED = 2
+"""Flower's error code for an exception in the client app."""
+
+
+def request_to_record(request: RoundRequest) -> RecordDict:
+    """A round's request as a Flower record."""
+    arrays = {"parameters": _array(request.parameters, FRAME_STYPE)}
+    if request.graph.full is not None:
+        arrays["graph"] = _array(request.graph.full, GRAPH_STYPE)
+    config = ConfigRecord(
+        {
+            "round": request.round,
+            "graph-version": request.graph.version,
+            "edits": edits_to_json(request.graph.edits),
+            "temperature": request.temperature,
+        }
+    )
+    return RecordDict({"payload": ArrayRecord(arrays), "config": config})
+
+
+def request_from_record(record: RecordDict) -> RoundRequest:
+    """The inverse of :func:`request_to_record`."""
+    config, payload = record["config"], record["payload"]
+    full = _bytes(payload["graph"], GRAPH_STYPE) if "graph" in payload else None
+    return RoundRequest(
+        round=int(config["round"]),
+        graph=GraphMessage(
+            version=int(config["graph-version"]),
+            full=full,
+            edits=edits_from_json(str(config["edits"])),
+        ),
+        parameters=_bytes(payload["parameters"], FRAME_STYPE),
+        temperature=float(config["temperature"]),
+    )
+
+
+def reply_to_record(reply: TrainReply) -> RecordDict:
+    """A client's reply as a Flower record."""
+    arrays = {
+        "update": _array(reply.update, FRAME_STYPE),
+        "usage": _array(reply.usage, FRAME_STYPE),
+    }
+    metrics = MetricRecord(
+        {
+            "graph-version": reply.graph_version,
+            "examples": reply.examples,
+            "tokens": reply.tokens,
+            "train-loss": reply.train_loss,
+            "seconds": reply.seconds,
+        }
+    )
+    return RecordDict({"payload": ArrayRecord(arrays), "metrics": metrics})
+
+
+def reply_from_record(record: RecordDict) -> TrainReply:
+    """Read an untrusted reply.
+
+    Raises:
+        FrameError: ``reply_shape`` where a record, array or number is missing or of
+            another kind.
+    """
+    try:
+        payload, metrics = record["payload"], record["metrics"]
+        return TrainReply(
+            update=_bytes(payload["update"], FRAME_STYPE),
+            usage=_bytes(payload["usage"], FRAME_STYPE),
+            graph_version=_whole(metrics["graph-version"]),
+            examples=_whole(metrics["examples"]),
+            tokens=_whole(metrics["tokens"]),
+            train_loss=float(metrics["train-loss"]),
+            seconds=float(metrics["seconds"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FrameError(
+            "reply_shape",
+            f"the reply is not of the agreed shape ({type(error).__name__}: {error})",
+        ) from None
+
+
+def _array(data: bytes, stype: str) -> Array:
+    return Array(dtype="uint8", shape=(len(data),), stype=stype, data=data)
+
+
+def _bytes(array: Array, stype: str) -> bytes:
+    if array.stype != stype:
+        raise ValueError(f"an array has stype {array.stype!r}, expected {stype!r}")
+    return array.data
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
+
+
+class EmbeddedGrid(Grid):
+    """A Flower grid inside this process.
+
+    Args:
+        make_app: makes the client app; must be picklable where ``workers`` > 1 (each
+            worker process makes its own).
+        node_configs: one per client; node ids follow their order.
+        run_config: Flower's run config, the same for all clients.
+        workers: processes; 1 runs clients in this one.
+
+    Use it as a context manager: leaving the block ends the workers.
+    """
+
+    def __init__(
+        self,
+        make_app: Callable[[], ClientApp],
+        node_configs: Sequence[dict[str, Any]],
+        run_config: dict[str, Any],
+        *,
+        workers: int = 1,
+    ) -> None:
+        self._contexts = {
+            FIRST_NODE
+            + index: Context(
+                run_id=RUN_ID,
+                node_id=FIRST_NODE + index,
+                node_config=config,
+                state=RecordDict(),
+                run_config=run_config,
+            )
+            for index, config in enumerate(node_configs)
+        }
+        self._make_app = make_app
+        self._app: ClientApp | None = None
+        self._sent = 0
+        count = min(workers, len(self._contexts))
+        self._workers = [_Worker(make_app) for _ in range(count)] if count > 1 else []
+
+    def __enter__(self) -> EmbeddedGrid:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.stop()
+
+    def set_run(self, run: Any) -> None:
+        """Not needed: the grid serves one run."""
+
+    @property
+    def run(self) -> Any:
+        """The grid serves one run that has no Flower record."""
+        raise FederationError("the embedded grid has no Flower run record")
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message to one client."""
+        self._sent += 1
+        metadata = Metadata(
+            run_id=RUN_ID,
+            message_id=f"{self._sent}",
+            src_node_id=SERVER_NODE,
+            dst_node_id=dst_node_id,
+            reply_to_message_id="",
+            group_id=group_id,
+            created_at=time.time(),
+            ttl=ttl or DEFAULT_TTL,
+            message_type=message_type,
+            src_task_id=None,
+            dst_task_id=None,
+        )
+        return Message(content=content, metadata=metadata)
+
+    def get_node_ids(self) -> list[int]:
+        """All clients, in order."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Not offered: replies come with :meth:`send_and_receive`."""
+        raise FederationError("the embedded grid sends and receives in one call")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Not offered: replies come with :meth:`send_and_receive`."""
+        raise FederationError("the embedded grid sends and receives in one call")
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Replies of all clients, errors as error messages.
+
+        Args:
+            messages: one per client.
+            timeout: seconds after which running workers are given up and replaced; a
+                client in this process cannot be interrupted.
+        """
+        queue = list(messages)
+        if not self._workers:
+            return [self._here(message) for message in queue]
+        return self._in_workers(queue, timeout)
+
+    def _here(self, message: Message) -> Message:
+        if self._app is None:
+            self._app = self._make_app()
+        with _one_thread():
+            return _answer(self._app, message, self._context(message))
+
+    def _context(self, message: Message) -> Context:
+        return self._contexts[message.metadata.dst_node_id]
+
+    def _in_workers(self, queue: list[Message], timeout: float | None) -> list[Message]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        waiting, replies = queue[::-1], []
+        idle, busy = list(self._workers), {}
+        while waiting or busy:
+            while waiting and idle:
+                worker, message = idle.pop(), waiting.pop()
+                worker.send(message, self._context(message))
+                busy[worker.connection] = (worker, message)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = wait(list(busy), left)
+            if not ready:
+                for worker, message in busy.values():
+                    replies.append(_failed(message, f"no reply within {timeout:g} s"))
+                    worker.restart()
+                replies += [
+                    _failed(message, "not started in time") for message in waiting
+                ]
+                return replies
+            for connection in ready:
+                worker, message = busy.pop(connection)
+                replies.append(worker.receive(message))
+                idle.append(worker)
+        return replies
+
+
+class _Worker:
+    """One process that answers messages until its pipe closes."""
+
+    def __init__(self, make_app: Callable[[], ClientApp]) -> None:
+        self._make_app = make_app
+        self._start()
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        self._process = spawn.Process(
+            target=_serve, args=(self._make_app, theirs), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def send(self, message: Message, context: Context) -> None:
+        try:
+            self.connection.send((message, context))
+        except (BrokenPipeError, OSError):
+            self.restart()
+            self.connection.send((message, context))
+
+    def receive(self, message: Message) -> Message:
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self._process.join(5)
+            code = self._process.exitcode
+            self.restart()
+            return _failed(message, f"the worker process died (exit code {code})")
+
+    def restart(self) -> None:
+        self.stop()
+        self._start()
+
+    def stop(self) -> None:
+        self.connection.close()
+        self._process.terminate()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process.close()
+
+
+def _serve(make_app: Callable[[], ClientApp], connection: Connection) -> None:
+    """A worker's main loop."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    app = make_app()
+    while True:
+        try:
+            message, context = connection.recv()
+        except (EOFError, OSError):
+            return
+        connection.send(_answer(app, message, context))
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _answer(app: ClientApp, message: Message, context: Context) -> Message:
+    """The app's reply; an exception becomes an error message, as in Flower's engines."""
+    try:
+        return app(message, context)
+    except Exception as error:  # noqa: BLE001 - whatever a client does ends here
+        detail = traceback.format_exc(limit=3)
+        return _failed(message, f"{type(error).__name__}: {error}\n{detail}")
+
+
+def _failed(message: Message, reason: str) -> Message:
+    return Message(Error(CLIENT_FAILED, reason), reply_to=message)
+
+
+@contextmanager
+def _one_thread() -> Iterable[None]:
+    """Torch on one thread, as in a worker, so that the bits are the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,311 @@
+"""Before the first round: text to shards, dense model to expert graph, both checked.
+
+Everything that can be wrong with the settings is found before the long work starts.
+What was measured is kept in ``prepared.json``, which is written last: a run that was
+interrupted before it starts its preparation again, one that has it does not.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from samv2.common.errors import CheckpointError, ConfigError, DataError
+from samv2.common.fetch import cache_dir
+from samv2.common.files import write_bytes, write_json
+from samv2.common.settings import Settings
+from samv2.common.telemetry import progress_bar
+from samv2.data.corpus import Corpus, PartSizes, build_corpus
+from samv2.data.shards import (
+    FederatedText,
+    build_federated_text,
+    save_federated_text,
+)
+from samv2.data.tokens import windows
+from samv2.experts.emoe_cluster import format_stats
+from samv2.federated.run_folder import RunFolder, run_model
+from samv2.federated.run_logs import write_call_trace, write_mask_debug
+from samv2.models.bootstrap import bootstrap, check_convertible
+from samv2.models.llama_loader import LoadedModel, load_llama
+from samv2.models.perplexity import Score, score_windows
+from samv2.models.save import (
+    expert_fingerprint,
+    is_expert_model,
+    load_expert_model,
+    save_expert_model,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TRACED_TOKENS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What the preparation found."""
+
+    model_name: str
+    fingerprint: str
+    """Of the bootstrapped model."""
+    dense_perplexity: dict[str, float]
+    """By domain; empty where a bootstrapped folder was given."""
+    flops_fraction: float
+    model_width: int
+    ffn_width: int
+    num_layers: int
+    """Converted layers."""
+    heterogeneity: dict[str, float]
+    seconds: dict[str, float]
+
+
+def prepare(run: RunFolder, settings: Settings, console: Console) -> Prepared:
+    """Prepare a run, or read what an earlier start of it prepared.
+
+    Raises:
+        ConfigError, DataError, ModelError, FetchError: what is wrong, before long work.
+    """
+    if run.prepared.is_file():
+        return _read(run)
+    given = Path(settings.model.path)
+    if is_expert_model(given):
+        prepared = _from_expert_model(run, given, settings, console)
+    else:
+        prepared = _from_dense(run, settings, console)
+    write_json(run.prepared, prepared.__dict__)
+    return prepared
+
+
+def make_corpus(settings: Settings, console: Console) -> Corpus:
+    """The settings' domains, divided into train, calibration and held-out text.
+
+    A built-in source that cannot be fetched is left out with a message.
+    """
+    data = settings.data
+    return build_corpus(
+        data.domains,
+        cache=cache_dir(),
+        seed=settings.seed,
+        sizes=PartSizes(
+            heldout_bytes=data.heldout_bytes,
+            calibration_bytes=data.calibration_bytes,
+            train_bytes=data.train_bytes,
+            min_train_bytes=min(data.train_bytes, PartSizes().min_train_bytes),
+        ),
+        on_skip=lambda name, reason: console.print(
+            f"[yellow]domain {name} is left out: {reason}[/yellow]"
+        ),
+        progress=console.print,
+    )
+
+
+def make_text(
+    run: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    console: Console,
+) -> FederatedText:
+    """Corpus to client shards, saved in the run directory."""
+    text = build_federated_text(
+        make_corpus(settings, console),
+        tokenizer,
+        num_clients=settings.federation.clients,
+        split=settings.data.split,
+        alpha=settings.data.alpha,
+        min_train_tokens=settings.train.sequence_length,
+        heldout_window=settings.train.sequence_length,
+        seed=settings.seed,
+    )
+    save_federated_text(text, run.shards)
+    return text
+
+
+def calibration_windows(
+    calibration: Mapping[str, Tensor], total_tokens: int, length: int
+) -> Tensor:
+    """(N, length) windows, the same number from every domain, about ``total_tokens``.
+
+    Raises:
+        DataError: no domain has a whole window.
+    """
+    per_domain = max(1, total_tokens // (length * max(1, len(calibration))))
+    parts = [
+        windows(stream, length, per_domain)
+        for stream in calibration.values()
+        if len(stream) >= length
+    ]
+    if not parts:
+        raise DataError(
+            f"no domain has {length} tokens of calibration text; raise "
+            "data.calibration_bytes or lower train.sequence_length"
+        )
+    return torch.cat(parts)
+
+
+def score_heldout(
+    model: Any, text: FederatedText, settings: Settings
+) -> dict[str, Score]:
+    """Held-out score by domain, on the very windows that the clients score."""
+    length = settings.train.sequence_length
+    scores: dict[str, Score] = {}
+    for client in text.clients:
+        for domain, stream in client.heldout.items():
+            if len(stream) < length:
+                continue
+            held_NS = windows(stream, length, settings.federation.eval_windows)
+            found = score_windows(model, held_NS, batch_size=settings.train.batch_size)
+            scores[domain] = scores.get(domain, Score(nll=0.0, tokens=0)) + found
+    return dict(sorted(scores.items()))
+
+
+def _from_dense(run: RunFolder, settings: Settings, console: Console) -> Prepared:
+    clock = _Clock()
+    loaded = load_llama(
+        settings.model.path, dtype=DTYPES[settings.model.dtype], progress=console.print
+    )
+    check_convertible(loaded.model, settings)
+    clock.lap("load")
+    text = make_text(run, loaded.tokenizer, settings, console)
+    _say_text(text, console)
+    clock.lap("data")
+    dense = score_heldout(loaded.model, text, settings)
+    clock.lap("dense_evaluation")
+    _bootstrap(run, loaded, text, settings, console)
+    clock.lap("bootstrap")
+    return _prepared(run, loaded.name, text, settings, dense, clock)
+
+
+def _bootstrap(
+    run: RunFolder,
+    loaded: LoadedModel,
+    text: FederatedText,
+    settings: Settings,
+    console: Console,
+) -> None:
+    """Convert the model and save it with its statistics."""
+    experts = settings.experts
+    calibration = calibration_windows(
+        text.calibration, experts.calibration_tokens, settings.train.sequence_length
+    )
+    with progress_bar(console, "Turning FFNs into experts (layers)", 1) as advance:
+        made = bootstrap(
+            loaded.model,
+            calibration,
+            settings,
+            fingerprint=loaded.fingerprint,
+            progress=advance,
+        )
+    save_expert_model(made.model, loaded.tokenizer, run.model)
+    stats = format_stats(made.cluster_stats, feature=experts.feature)
+    write_bytes(run.root / "cluster_stats.txt", stats.encode())
+
+
+def _from_expert_model(
+    run: RunFolder, folder: Path, settings: Settings, console: Console
+) -> Prepared:
+    """Use a bootstrapped folder as it is; its conversion settings must be the run's."""
+    clock = _Clock()
+    model, tokenizer = load_expert_model(folder)
+    config = model.expert_config
+    wanted = {
+        "experts.num_experts": (settings.experts.num_experts, config.num_experts),
+        "experts.num_shared": (settings.experts.num_shared, config.num_shared),
+        "adapter.rank": (settings.adapter.rank, config.adapter_rank),
+        "assembler.width": (settings.assembler.width, config.assembler_width),
+    }
+    faults = [
+        f"{key} is {asked}, but {folder} was bootstrapped with {has}; use {has}"
+        for key, (asked, has) in wanted.items()
+        if asked != has
+    ]
+    if faults:
+        raise ConfigError(faults)
+    clock.lap("load")
+    text = make_text(run, tokenizer, settings, console)
+    _say_text(text, console)
+    clock.lap("data")
+    return _prepared(run, folder.name, text, settings, {}, clock)
+
+
+def _prepared(
+    run: RunFolder,
+    name: str,
+    text: FederatedText,
+    settings: Settings,
+    dense: Mapping[str, Score],
+    clock: _Clock,
+) -> Prepared:
+    model, _ = load_expert_model(run_model(run, settings))
+    model.set_experts_per_token(settings.experts.experts_per_token)
+    sequences = _sequences(text, settings)
+    first = torch.stack(list(sequences.values()))
+    write_mask_debug(run.root, model, first)
+    write_call_trace(run.root, model, sequences)
+    clock.lap("trace")
+    return Prepared(
+        model_name=name,
+        fingerprint=expert_fingerprint(model),
+        dense_perplexity={key: score.perplexity for key, score in dense.items()},
+        flops_fraction=model.flops_fraction(settings.experts.experts_per_token),
+        model_width=model.config.hidden_size,
+        ffn_width=model.config.intermediate_size,
+        num_layers=len(model.expert_config.layers),
+        heterogeneity={
+            "domains": text.index.category_heterogeneity,
+            "tokens": text.index.token_heterogeneity,
+        },
+        seconds=clock.laps,
+    )
+
+
+def _sequences(text: FederatedText, settings: Settings) -> dict[str, Tensor]:
+    """The first calibration tokens of every domain, all of one length."""
+    streams = {
+        name: stream for name, stream in text.calibration.items() if len(stream) > 1
+    }
+    if not streams:
+        raise DataError(
+            "there is no calibration text; raise data.calibration_bytes "
+            f"(now {settings.data.calibration_bytes})"
+        )
+    length = min(TRACED_TOKENS, *(len(stream) for stream in streams.values()))
+    return {name: stream[:length].long() for name, stream in streams.items()}
+
+
+def _say_text(text: FederatedText, console: Console) -> None:
+    for client in text.clients:
+        console.print(f"  {client.description}, {len(client.train):,} train tokens")
+    console.print(
+        "  heterogeneity of the split (mean Jensen-Shannon distance of the clients, "
+        f"0 alike .. 1 disjoint): domains {text.index.category_heterogeneity:.2f}, "
+        f"tokens {text.index.token_heterogeneity:.2f}"
+    )
+
+
+def _read(run: RunFolder) -> Prepared:
+    try:
+        return Prepared(**json.loads(run.prepared.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{run.prepared} is damaged ({error}); remove it to prepare the run again"
+        ) from None
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now

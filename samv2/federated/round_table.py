@@ -1,0 +1,87 @@
+"""The live table of a run: one row a round while it goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+
+class RoundTable:
+    """A context manager that shows rounds as they finish.
+
+    On a terminal the table grows in place; elsewhere each round is one line.
+
+    Args:
+        console: where to.
+        rounds: rounds of the run, for the title.
+    """
+
+    def __init__(self, console: Console, rounds: int) -> None:
+        self._console = console
+        self._rounds = rounds
+        self._table: Table | None = None
+        self._live = Live(console=console, auto_refresh=False)
+        self._terminal = console.is_terminal
+
+    def __enter__(self) -> RoundTable:
+        if self._terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal:
+            self._live.stop()
+
+    def start(self, perplexity: Mapping[str, float]) -> None:
+        """Show the held-out perplexities before the first round."""
+        if self._table is None:
+            self._add("start", perplexity, ["", "", "", "", ""])
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Show one finished round, an object of ``metrics.jsonl``."""
+        cells = [
+            f"{row['train_loss']:.3f}",
+            f"{row['bytes_up_per_client'] / 1000:.1f} kB",
+            str(row["edits"]),
+            str(row["refused"]) if row["refused"] else "-",
+            f"{sum(row['seconds'].values()):.0f} s",
+        ]
+        self._add(f"{row['round']}/{self._rounds}", row["perplexity"], cells)
+
+    def _add(
+        self, name: str, perplexity: Mapping[str, float], cells: list[str]
+    ) -> None:
+        if self._table is None:
+            self._table = _empty(list(perplexity))
+        shown = [_number(value) for value in perplexity.values()]
+        self._table.add_row(name, *shown, *cells)
+        if self._terminal:
+            self._live.update(self._table, refresh=True)
+            return
+        domains = "  ".join(f"{key} {_number(v)}" for key, v in perplexity.items())
+        labels = ("loss", "up/client", "edits", "refused", "time")
+        rest = "  ".join(
+            f"{label} {cell}" for label, cell in zip(labels, cells) if cell
+        )
+        self._console.print(f"  round {name}: perplexity {domains}  {rest}".rstrip())
+
+
+def _empty(domains: list[str]) -> Table:
+    table = Table(title="Held-out perplexity by round", title_justify="left")
+    table.add_column("round")
+    for name in domains:
+        table.add_column(name, justify="right")
+    for name in ("train loss", "up/client", "edits", "refused", "time"):
+        table.add_column(name, justify="right")
+    return table
+
+
+def _number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "inf"
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"

@@ -1,0 +1,219 @@
+"""Starting a federation: in this process, or as a Flower server app.
+
+    prepare -> clients (embedded grid or Flower's) -> strategy -> logs -> summary
+
+Both ways run the same strategy and the same client app.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
+
+from samv2.common.config import to_flat
+from samv2.common.files import write_json
+from samv2.common.settings import Settings
+from samv2.common.telemetry import MetricsLog, read_metrics
+from samv2.federated.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from samv2.federated.client_app import ClientPlace, make_client_app
+from samv2.federated.grid import EmbeddedGrid
+from samv2.federated.prepare import Prepared, prepare
+from samv2.federated.round_table import RoundTable
+from samv2.federated.run_folder import RunFolder, open_run, run_model
+from samv2.federated.run_logs import (
+    append_pack_sizes,
+    build_summary,
+    fedit_bytes,
+    metrics_row,
+    write_merge,
+)
+from samv2.federated.server_merge import ServerState, initial_state
+from samv2.federated.strategy import RoundReport, SamStrategy
+from samv2.models.perplexity import Score
+from samv2.models.save import load_expert_model
+from samv2.updates.packing import Manifest
+
+
+def run_embedded(
+    settings: Settings,
+    root: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console,
+) -> dict[str, Any]:
+    """Run a federation in this process (and its workers) from start to summary.
+
+    Args:
+        settings: of the run.
+        root: the run directory.
+        resume: continue what is there.
+        overwrite: replace what is there.
+        console: where progress is shown.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        SamError: with everything up to the last completed round on disk.
+    """
+    run = open_run(root, settings, resume=resume, overwrite=overwrite)
+    prepared = prepare(run, settings, console)
+    place = client_place(run, settings)
+    configs = [{"client": index} for index in range(settings.federation.clients)]
+    workers = settings.federation.workers or os.cpu_count() or 1
+    make_app = partial(make_client_app, place)
+    with EmbeddedGrid(make_app, configs, to_flat(settings), workers=workers) as grid:
+        return federate(run, settings, prepared, grid, console)
+
+
+def client_place(run: RunFolder, settings: Settings) -> ClientPlace:
+    """Where clients on this machine find what they need."""
+    return ClientPlace(
+        model=run_model(run, settings).resolve(),
+        shards=run.shards.resolve(),
+        states=run.states.resolve(),
+        settings=settings,
+    )
+
+
+def federate(
+    run: RunFolder,
+    settings: Settings,
+    prepared: Prepared,
+    grid: Grid,
+    console: Console,
+) -> dict[str, Any]:
+    """Run the rounds that are left on a grid, log each, and write the summary."""
+    begin = time.perf_counter()
+    state, manifest, start_scores, spent = _restore(run, settings, prepared)
+    metrics = MetricsLog(run.root, keep_rounds=state.round)
+    facts: dict[str, Any] = {"start": start_scores, "seconds": spent}
+    rounds = settings.federation.rounds
+    with RoundTable(console, rounds) as table:
+        if start_scores is not None:
+            table.start(start_scores)
+        for row in read_metrics(run.root):
+            table.add(row)
+
+        def checkpoint(current: ServerState) -> None:
+            extra = facts | {"seconds": _add(spent, time.perf_counter() - begin)}
+            save_checkpoint(
+                run.checkpoints,
+                current,
+                model_fingerprint=prepared.fingerprint,
+                extra=extra,
+            )
+
+        def on_start(scores: dict[str, Score]) -> None:
+            facts["start"] = {k: score.perplexity for k, score in scores.items()}
+            checkpoint(state)
+            table.start(facts["start"])
+
+        def on_round(current: ServerState, report: RoundReport) -> None:
+            row = metrics_row(report)
+            write_merge(run.root, report.merge)
+            append_pack_sizes(run.root, report.merge, manifest)
+            metrics.write(row)
+            checkpoint(current)
+            table.add(row)
+
+        strategy = SamStrategy(
+            state,
+            manifest,
+            settings,
+            on_start=on_start if start_scores is None else None,
+            on_round=on_round,
+        )
+        strategy.start(grid)
+    metrics.close()
+    return _summarise(
+        run,
+        settings,
+        prepared,
+        facts["start"],
+        _add(spent, time.perf_counter() - begin),
+    )
+
+
+def make_server_app(
+    settings_of: Callable[[Mapping[str, Any]], tuple[Settings, Path]],
+) -> ServerApp:
+    """A Flower server app.
+
+    Args:
+        settings_of: reads settings and run directory from Flower's run config. The
+            directory must have been prepared where the server runs.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        settings, root = settings_of(context.run_config)
+        console = Console(highlight=False, width=100)
+        resume = (root / "config.toml").exists()
+        run = open_run(root, settings, resume=resume, overwrite=False)
+        prepared = prepare(run, settings, console)
+        federate(run, settings, prepared, grid, console)
+
+    return app
+
+
+def _restore(
+    run: RunFolder, settings: Settings, prepared: Prepared
+) -> tuple[ServerState, Manifest, dict[str, float] | None, dict[str, float]]:
+    """State, manifest, starting perplexities and seconds spent so far."""
+    model, _ = load_expert_model(run_model(run, settings))
+    blocks = model.read_blocks()
+    manifest = Manifest.of(blocks)
+    path = latest_checkpoint(run.checkpoints)
+    if path is None:
+        return initial_state(blocks, model.graph), manifest, None, {}
+    state, extra = load_checkpoint(path, model_fingerprint=prepared.fingerprint)
+    return state, manifest, extra["start"], extra["seconds"]
+
+
+def _add(spent: Mapping[str, float], seconds: float) -> dict[str, float]:
+    return {"federation": spent.get("federation", 0.0) + seconds}
+
+
+def _summarise(
+    run: RunFolder,
+    settings: Settings,
+    prepared: Prepared,
+    start: dict[str, float],
+    spent: Mapping[str, float],
+) -> dict[str, Any]:
+    rows = read_metrics(run.root)
+    final = rows[-1]["perplexity"] if rows else start
+    dense = prepared.dense_perplexity
+    summary = build_summary(
+        model=prepared.model_name,
+        dense={name: dense.get(name) for name in final},
+        start=start,
+        final=final,
+        flops_fraction=prepared.flops_fraction,
+        rows=rows,
+        fedit=fedit_bytes(
+            model_width=prepared.model_width,
+            ffn_width=prepared.ffn_width,
+            num_layers=prepared.num_layers,
+        ),
+        settings=settings,
+        seconds=prepared.seconds | dict(spent),
+        heterogeneity=prepared.heterogeneity,
+    )
+    write_json(run.summary, summary)
+    return summary

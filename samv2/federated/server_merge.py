@@ -1,0 +1,197 @@
+"""The server's half of a round as one pure function: state and replies in, state out.
+
+The state holds the trained part of the model as *blocks*: differences from the
+bootstrapped model, so that an expert nobody has trained yet is all zero and costs
+nothing to broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samv2.common.settings import Settings
+from samv2.experts.graph import Edit, ExpertGraph, apply_edits
+from samv2.federated.graph_edits import EdgeMemory, decide_edits
+from samv2.federated.usage import EdgeCounts, summed
+from samv2.updates.aggregate import Contribution, aggregate
+from samv2.updates.packing import Manifest, pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerState:
+    """All that the server carries from round to round."""
+
+    round: int
+    """Rounds completed."""
+    blocks: dict[int, Tensor]
+    """{expert_id: flat float32}, difference from the bootstrapped model."""
+    graph: ExpertGraph
+    memory: EdgeMemory
+    last_edits: tuple[Edit, ...] = ()
+    """The batch that led to ``graph.version``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidReply:
+    """A reply that passed validation."""
+
+    contribution: Contribution
+    counts: EdgeCounts
+    bytes_up: int
+    """All payload bytes of the reply."""
+    train_loss: float
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A reply that did not, or a client that did not answer."""
+
+    client: int
+    reason: str
+    """Machine-readable slug."""
+    detail: str
+    """The same for a person."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What one merge did; the content of ``merge_round{N}.json``."""
+
+    round: int
+    edits: tuple[Edit, ...]
+    contributors: dict[int, tuple[int, ...]]
+    counts: EdgeCounts
+    replies: tuple[ValidReply, ...]
+    refusals: tuple[Refusal, ...]
+    graph_version: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object without NaN."""
+        return {
+            "round": self.round,
+            "graph_version": self.graph_version,
+            "edits": [
+                {
+                    "layer": edit.layer,
+                    "src": edit.src,
+                    "dst": edit.dst,
+                    "kind": edit.kind,
+                    "score": edit.score,
+                    "reason": edit.reason,
+                }
+                for edit in self.edits
+            ],
+            "clients": {
+                str(reply.contribution.client): {
+                    "examples": reply.contribution.weight,
+                    "tokens": reply.tokens,
+                    "train_loss": reply.train_loss,
+                    "bytes_up": reply.bytes_up,
+                    "experts_sent": len(reply.contribution.expert_ids),
+                    "edge_visits": int(reply.counts.usage_LEE.sum()),
+                }
+                for reply in self.replies
+            },
+            "refused": [
+                {"client": item.client, "reason": item.reason, "detail": item.detail}
+                for item in self.refusals
+            ],
+            "contributors": {
+                str(expert_id): list(clients)
+                for expert_id, clients in self.contributors.items()
+            },
+            "usage_per_layer": self.counts.usage_LEE.sum(dim=(1, 2)).tolist(),
+            "demand_per_layer": self.counts.demand_LEE.sum(dim=(1, 2)).tolist(),
+        }
+
+
+def initial_state(blocks: dict[int, Tensor], graph: ExpertGraph) -> ServerState:
+    """State before round 1.
+
+    Args:
+        blocks: the bootstrapped model's trainable blocks; only their sizes matter.
+        graph: its graph.
+    """
+    layers, experts = graph.edge_mask_LEE.shape[:2]
+    return ServerState(
+        round=0,
+        blocks={key: torch.zeros_like(value) for key, value in sorted(blocks.items())},
+        graph=graph,
+        memory=EdgeMemory.empty(layers, experts),
+    )
+
+
+def broadcast_frame(state: ServerState, manifest: Manifest) -> bytes:
+    """The trained blocks for the next round, bit for bit; untouched ones are absent."""
+    trained = {key: value for key, value in state.blocks.items() if bool(value.any())}
+    return pack(trained, manifest, round=state.round + 1)
+
+
+def server_merge(
+    state: ServerState,
+    replies: Sequence[ValidReply],
+    refusals: Sequence[Refusal],
+    manifest: Manifest,
+    settings: Settings,
+) -> tuple[ServerState, MergeReport]:
+    """Aggregate a round's replies and edit the graph.
+
+    Args:
+        state: after the round before.
+        replies: valid replies, in any order.
+        refusals: for the report.
+        manifest: of the blocks.
+        settings: sections ``experts``, ``federation`` and ``edits`` are used.
+
+    Returns:
+        The state after this round, the same bits for any order of replies.
+    """
+    ordered = sorted(replies, key=lambda reply: reply.contribution.client)
+    averaged = aggregate(
+        [reply.contribution for reply in ordered],
+        manifest,
+        round=state.round + 1,
+        normalise=settings.federation.normalise,
+        clip_norm=settings.federation.clip_update_norm,
+    )
+    blocks = {
+        key: value + averaged.mean[key] if key in averaged.mean else value
+        for key, value in state.blocks.items()
+    }
+    layers, experts = state.graph.edge_mask_LEE.shape[:2]
+    counts = summed([reply.counts for reply in ordered], layers, experts)
+    edits, memory = decide_edits(
+        state.graph,
+        state.memory,
+        counts,
+        settings.edits,
+        experts_per_token=settings.experts.experts_per_token,
+        num_shared=settings.experts.num_shared,
+    )
+    graph = state.graph
+    if edits:
+        graph = apply_edits(graph, edits, version=graph.version + 1)
+    merged = replace(
+        state,
+        round=state.round + 1,
+        blocks=blocks,
+        graph=graph,
+        memory=memory,
+        last_edits=tuple(edits) if edits else state.last_edits,
+    )
+    report = MergeReport(
+        round=merged.round,
+        edits=tuple(edits),
+        contributors=averaged.contributors,
+        counts=counts,
+        replies=tuple(ordered),
+        refusals=tuple(sorted(refusals, key=lambda item: item.client)),
+        graph_version=graph.version,
+    )
+    return merged, report

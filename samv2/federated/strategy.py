@@ -1,0 +1,391 @@
+"""The Flower strategy: asks clients, refuses what is invalid, merges the rest.
+
+Arithmetic lives in server_merge; this file turns messages into its arguments. Only the
+message API is used.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from samv2.common.errors import FederationError, FrameError
+from samv2.common.settings import Settings
+from samv2.federated.client_round import GraphMessage, RoundRequest, pack_graph
+from samv2.federated.grid import reply_from_record, request_to_record
+from samv2.federated.server_merge import (
+    MergeReport,
+    Refusal,
+    ServerState,
+    ValidReply,
+    broadcast_frame,
+    server_merge,
+)
+from samv2.federated.validate import validate_reply
+from samv2.models.perplexity import Score
+from samv2.updates.packing import Manifest
+
+ENROL_SECONDS = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundReport:
+    """All that is known about one finished round."""
+
+    merge: MergeReport
+    scores: dict[str, Score]
+    """Held-out score by domain, summed over clients."""
+    bytes_down: int
+    """Payload bytes sent to one client for training, the largest of the round."""
+    seconds: dict[str, float]
+    """Wall time by phase: train, merge, evaluate."""
+
+
+@dataclass
+class _Round:
+    """What the strategy keeps between sending a round's messages and its replies."""
+
+    nodes: dict[int, int] = field(default_factory=dict)
+    """{node id: client} of the clients asked."""
+    bytes_down: int = 0
+
+
+class TooFewReplies(FederationError):
+    """A round had fewer valid replies than it needs."""
+
+    def __init__(
+        self, server_round: int, valid: int, needed: int, refusals: Sequence[Refusal]
+    ) -> None:
+        causes = "; ".join(
+            f"client {item.client}: {item.detail.splitlines()[0]} [{item.reason}]"
+            for item in refusals
+        )
+        super().__init__(
+            f"round {server_round} had {valid} valid replies, needed are {needed} "
+            f"(federation.min_replies), also when it was tried again. {causes}. "
+            "Everything up to the round before is in the checkpoint: mend the clients "
+            "and continue with --resume"
+        )
+
+
+class SamStrategy(Strategy):
+    """Sparse FedAvg over expert blocks, with graph edits.
+
+    Args:
+        state: the server's state to continue from.
+        manifest: of the model's trainable blocks.
+        settings: of the run.
+        on_start: called with the held-out scores before the first round of this call.
+        on_round: called after every round with the new state and its report; the place
+            for checkpoints and logs.
+    """
+
+    def __init__(
+        self,
+        state: ServerState,
+        manifest: Manifest,
+        settings: Settings,
+        *,
+        on_start: Callable[[dict[str, Score]], None] | None = None,
+        on_round: Callable[[ServerState, RoundReport], None] | None = None,
+    ) -> None:
+        self.state = state
+        self.manifest = manifest
+        self.settings = settings
+        self._on_start = on_start
+        self._on_round = on_round
+        self._clients: dict[int, int] = {}
+        self._known_version: dict[int, int] = {}
+        self._current = _Round()
+        self._merge: MergeReport | None = None
+        self._scores: dict[str, Score] = {}
+
+    def summary(self) -> None:
+        """Nothing: the run's own table says what happens."""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[..., MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds that are left, from ``state.round + 1`` on.
+
+        The parameters live in the strategy's state, so the arrays and configs of
+        Flower's signature are not used; ``num_rounds`` and ``timeout`` default to the
+        settings.
+
+        Raises:
+            FederationError: clients are missing, or two tries of a round gave fewer
+                valid replies than ``federation.min_replies``.
+        """
+        rounds = num_rounds or self.settings.federation.rounds
+        wait = timeout or self.settings.federation.round_timeout
+        self.enrol(grid)
+        if self._on_start is not None:
+            self._on_start(self._evaluate(grid, self.state.round, wait))
+        while self.state.round < rounds:
+            self._one_round(grid, wait)
+        return Result()
+
+    def _one_round(self, grid: Grid, timeout: float) -> None:
+        begin = time.perf_counter()
+        current = self.state.round + 1
+        replies = self._train(grid, current, timeout)
+        trained = time.perf_counter()
+        try:
+            self.aggregate_train(current, replies)
+        except TooFewReplies:
+            replies = self._train(grid, current, timeout)
+            trained = time.perf_counter()
+            self.aggregate_train(current, replies)
+        merged = time.perf_counter()
+        scores = self._evaluate(grid, current, timeout)
+        if self._on_round is not None and self._merge is not None:
+            seconds = {
+                "train": trained - begin,
+                "merge": merged - trained,
+                "evaluate": time.perf_counter() - merged,
+            }
+            report = RoundReport(
+                merge=self._merge,
+                scores=scores,
+                bytes_down=self._current.bytes_down,
+                seconds=seconds,
+            )
+            self._on_round(self.state, report)
+
+    def _train(self, grid: Grid, current: int, timeout: float) -> Iterable[Message]:
+        messages = self.configure_train(current, ArrayRecord(), ConfigRecord(), grid)
+        return grid.send_and_receive(messages, timeout=timeout)
+
+    def enrol(self, grid: Grid) -> None:
+        """Wait for the run's clients and learn which node is which client.
+
+        Raises:
+            FederationError: too few nodes, or two nodes claim the same client.
+        """
+        wanted = self.settings.federation.clients
+        deadline = time.monotonic() + ENROL_SECONDS
+        while len(nodes := sorted(grid.get_node_ids())) < wanted:
+            if time.monotonic() > deadline:
+                raise FederationError(
+                    f"{len(nodes)} of {wanted} clients are connected after "
+                    f"{ENROL_SECONDS:g} s; start the missing ones or lower "
+                    "federation.clients"
+                )
+            time.sleep(0.5)
+        messages = [
+            grid.create_message(RecordDict(), MessageType.QUERY, node, "enrol")
+            for node in nodes
+        ]
+        clients: dict[int, int] = {}
+        for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
+            client = _client_of(reply)
+            if client is None:
+                continue
+            if client in clients.values():
+                raise FederationError(
+                    f"two nodes hold client {client}; give each its own partition-id"
+                )
+            clients[reply.metadata.src_node_id] = client
+        missing = sorted(set(range(wanted)) - set(clients.values()))
+        if missing:
+            raise FederationError(
+                f"clients {missing} did not answer; is their shard in the data folder?"
+            )
+        self._clients = {n: c for n, c in sorted(clients.items()) if c < wanted}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Requests to the round's clients; the sample depends on seed and round."""
+        parameters = broadcast_frame(self.state, self.manifest)
+        self._current = _Round(nodes=self._sample(server_round))
+        messages = []
+        for node in self._current.nodes:
+            request = RoundRequest(
+                round=server_round,
+                graph=self._graph_for(node),
+                parameters=parameters,
+                temperature=self._temperature(server_round),
+            )
+            size = len(parameters) + len(request.graph.full or b"")
+            self._current.bytes_down = max(self._current.bytes_down, size)
+            messages.append(
+                grid.create_message(
+                    request_to_record(request),
+                    MessageType.TRAIN,
+                    node,
+                    str(server_round),
+                )
+            )
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[None, MetricRecord]:
+        """Validate a round's replies and merge the good ones into the state.
+
+        Raises:
+            TooFewReplies: fewer are valid than ``federation.min_replies``; the state is
+                unchanged.
+        """
+        valid, refusals = self._sort_replies(replies)
+        needed = self.settings.federation.min_replies
+        if len(valid) < needed:
+            raise TooFewReplies(server_round, len(valid), needed, refusals)
+        self.state, self._merge = server_merge(
+            self.state, valid, refusals, self.manifest, self.settings
+        )
+        return None, MetricRecord({"replies": len(valid), "refused": len(refusals)})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Requests to all clients to score their held-out text."""
+        request = RoundRequest(
+            round=self.state.round + 1,
+            graph=self._full_graph(),
+            parameters=broadcast_frame(self.state, self.manifest),
+        )
+        return [
+            grid.create_message(
+                request_to_record(request),
+                MessageType.EVALUATE,
+                node,
+                f"{server_round}",
+            )
+            for node in self._clients
+        ]
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord:
+        """Perplexity by domain; replies that are not of the agreed shape are left out."""
+        self._scores = _sum_scores(replies)
+        return MetricRecord(
+            {name: score.perplexity for name, score in self._scores.items()}
+        )
+
+    def _evaluate(self, grid: Grid, current: int, timeout: float) -> dict[str, Score]:
+        messages = self.configure_evaluate(current, ArrayRecord(), ConfigRecord(), grid)
+        replies = grid.send_and_receive(messages, timeout=timeout)
+        self.aggregate_evaluate(current, replies)
+        return self._scores
+
+    def _sample(self, server_round: int) -> dict[int, int]:
+        count = self.settings.federation.clients_per_round or len(self._clients)
+        by_client = {client: node for node, client in self._clients.items()}
+        generator = np.random.default_rng([self.settings.seed, server_round])
+        chosen = generator.choice(sorted(by_client), size=count, replace=False)
+        return {by_client[int(client)]: int(client) for client in sorted(chosen)}
+
+    def _graph_for(self, node: int) -> GraphMessage:
+        """Edits where the client is at most one version behind, else the full graph."""
+        version = self.state.graph.version
+        known = self._known_version.get(node)
+        if known is None or known < version - 1:
+            return self._full_graph()
+        edits = self.state.last_edits if known == version - 1 else ()
+        return GraphMessage(version=version, full=None, edits=edits)
+
+    def _full_graph(self) -> GraphMessage:
+        graph = self.state.graph
+        return GraphMessage(version=graph.version, full=pack_graph(graph), edits=())
+
+    def _temperature(self, server_round: int) -> float:
+        first = self.settings.assembler.temperature_start
+        last = self.settings.assembler.temperature_end
+        rounds = self.settings.federation.rounds
+        share = (server_round - 1) / (rounds - 1) if rounds > 1 else 0.0
+        return first + (last - first) * min(share, 1.0)
+
+    def _sort_replies(
+        self, replies: Iterable[Message]
+    ) -> tuple[list[ValidReply], list[Refusal]]:
+        """Validate every reply; name every client that failed or stayed silent."""
+        silent = dict(self._current.nodes)
+        valid: list[ValidReply] = []
+        refusals: list[Refusal] = []
+        for message in replies:
+            node = message.metadata.src_node_id
+            client = silent.pop(node, None)
+            if client is None:
+                refusals.append(_refusal(-1, "unasked", f"node {node} was not asked"))
+                continue
+            self._known_version.pop(node, None)
+            if message.has_error():
+                reason = message.error.reason or "the client gave no reason"
+                refusals.append(_refusal(client, "client_error", reason))
+                continue
+            try:
+                reply = reply_from_record(message.content)
+                checked = validate_reply(
+                    reply, client, self.state, self.manifest, self.settings
+                )
+            except FrameError as error:
+                refusals.append(_refusal(client, error.reason, str(error)))
+                continue
+            self._known_version[node] = reply.graph_version
+            valid.append(checked)
+        for node, client in silent.items():
+            self._known_version.pop(node, None)
+            refusals.append(_refusal(client, "no_reply", "no reply in time"))
+        return valid, refusals
+
+
+def _refusal(client: int, reason: str, detail: str) -> Refusal:
+    return Refusal(client=client, reason=reason, detail=detail)
+
+
+def _client_of(reply: Message) -> int | None:
+    """The client that an enrolment reply names; None where it names none."""
+    if reply.has_error() or "metrics" not in reply.content:
+        return None
+    client = reply.content["metrics"].get("client")
+    return client if isinstance(client, int) else None
+
+
+def _sum_scores(replies: Iterable[Message]) -> dict[str, Score]:
+    """Scores by domain, summed in node order so that the bits repeat."""
+    scores: dict[str, Score] = {}
+    answered = [message for message in replies if message.has_content()]
+    for message in sorted(answered, key=lambda item: item.metadata.src_node_id):
+        metrics = message.content.get("metrics") or {}
+        for key in sorted(metrics):
+            prefix, _, domain = key.partition(".")
+            nll, tokens = metrics[key], metrics.get(f"tokens.{domain}")
+            if prefix != "nll" or not _plausible(nll, tokens):
+                continue
+            found = Score(nll=float(nll), tokens=tokens)
+            scores[domain] = scores.get(domain, Score(nll=0.0, tokens=0)) + found
+    return dict(sorted(scores.items()))
+
+
+def _plausible(nll: object, tokens: object) -> bool:
+    return (
+        isinstance(nll, (int, float))
+        and math.isfinite(nll)
+        and nll >= 0
+        and isinstance(tokens, int)
+        and tokens > 0
+    )

@@ -1,0 +1,147 @@
+"""Usage and demand of edges: counted on clients, packed, summed on the server.
+
+Counts are integers, carried as float32 in the same frame format as updates (exact up to
+2^24 a client and round). Only the upper triangle of each layer travels.
+
+Shapes: L layers, E experts, P = E (E + 1) / 2 edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from samv2.common.errors import FrameError
+from samv2.experts.graph import ExpertGraph
+from samv2.experts.moe_layers import to_positions
+from samv2.updates.packing import Manifest, pack, unpack
+from samv2_kernels import Walk, count_usage
+
+LARGEST_COUNT = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeCounts:
+    """Counts of all converted layers, in positions."""
+
+    usage_LEE: Tensor
+    """(L, E, E) int64; entries on the diagonal, tree edges above."""
+    demand_LEE: Tensor
+    """(L, E, E) int64; wanted while the edge was off."""
+
+    def __add__(self, other: EdgeCounts) -> EdgeCounts:
+        return EdgeCounts(
+            usage_LEE=self.usage_LEE + other.usage_LEE,
+            demand_LEE=self.demand_LEE + other.demand_LEE,
+        )
+
+
+def zero_counts(num_layers: int, num_experts: int) -> EdgeCounts:
+    """Counts before anything was walked."""
+    shape = (num_layers, num_experts, num_experts)
+    return EdgeCounts(
+        usage_LEE=torch.zeros(shape, dtype=torch.long),
+        demand_LEE=torch.zeros(shape, dtype=torch.long),
+    )
+
+
+class UsageCounter:
+    """A walk recorder that counts edges of the server graph.
+
+    Args:
+        graph: the server graph of the round.
+    """
+
+    def __init__(self, graph: ExpertGraph) -> None:
+        self._graph = graph
+        layers, experts = graph.edge_mask_LEE.shape[:2]
+        self.counts = zero_counts(layers, experts)
+
+    def __call__(self, layer: int, walked: Walk) -> None:
+        """Add one layer's walk."""
+        placed = to_positions(walked, self._graph.order_LE[layer])
+        counted = count_usage(placed, self._graph.edge_mask_LEE[layer])
+        self.counts.usage_LEE[layer] += counted.usage_EE
+        self.counts.demand_LEE[layer] += counted.demand_EE
+
+
+def usage_manifest(num_layers: int, num_experts: int) -> Manifest:
+    """Manifest of a usage frame: per layer, P usage counts and P demand counts."""
+    width = num_experts * (num_experts + 1)
+    return Manifest(
+        ids=tuple(range(num_layers)),
+        shapes=((width,),) * num_layers,
+        dtypes=(torch.float32,) * num_layers,
+    )
+
+
+def pack_usage(counts: EdgeCounts, *, round: int) -> bytes:
+    """Counts as a frame.
+
+    Counts above 2^24 are cut to it (the largest that float32 holds exactly with all
+    below); they are votes, and a client's vote is capped in any case.
+    """
+    layers, experts = counts.usage_LEE.shape[:2]
+    rows, columns = torch.triu_indices(experts, experts)
+    both_LP = torch.cat(
+        [counts.usage_LEE[:, rows, columns], counts.demand_LEE[:, rows, columns]], dim=1
+    )
+    values = both_LP.clamp(max=LARGEST_COUNT).float()
+    update = {layer: values[layer] for layer in range(layers)}
+    return pack(update, usage_manifest(layers, experts), round=round)
+
+
+def unpack_usage(
+    frame: bytes, num_layers: int, num_experts: int, *, round: int, max_count: int
+) -> EdgeCounts:
+    """Counts of an untrusted frame.
+
+    Args:
+        frame: the received bytes.
+        num_layers: L.
+        num_experts: E.
+        round: the round it must belong to.
+        max_count: the most tokens the client can have walked.
+
+    Raises:
+        FrameError: a malformed frame (its reason), or ``usage_range`` where a count is
+            negative, fractional or above ``max_count``.
+    """
+    manifest = usage_manifest(num_layers, num_experts)
+    layers = unpack(frame, manifest, round=round)
+    counts = zero_counts(num_layers, num_experts)
+    rows, columns = torch.triu_indices(num_experts, num_experts)
+    for layer, values in layers.items():
+        whole = values.round()
+        if (
+            not torch.equal(whole, values)
+            or values.min() < 0
+            or values.max() > max_count
+        ):
+            raise FrameError(
+                "usage_range",
+                f"usage counts of layer {layer} must be whole numbers in 0..{max_count}, "
+                f"found {float(values.min()):g}..{float(values.max()):g}",
+            )
+        usage_P, demand_P = whole.long().chunk(2)
+        counts.usage_LEE[layer, rows, columns] = usage_P
+        counts.demand_LEE[layer, rows, columns] = demand_P
+    return counts
+
+
+def used_experts(counts: EdgeCounts) -> Tensor:
+    """(L,) int64: how many experts of each layer were visited at all."""
+    return (counts.usage_LEE.sum(dim=1) > 0).sum(dim=1)
+
+
+def summed(
+    counts: Sequence[EdgeCounts], num_layers: int, num_experts: int
+) -> EdgeCounts:
+    """Sum over clients; exact, so the order does not matter."""
+    total = zero_counts(num_layers, num_experts)
+    for item in counts:
+        total = total + item
+    return total

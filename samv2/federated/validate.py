@@ -1,0 +1,102 @@
+"""Replies from the network are hostile until proven otherwise.
+
+Every check runs before anything of a reply reaches the server's state. A reply that
+fails is refused with a machine-readable reason, and the round goes on.
+"""
+
+from __future__ import annotations
+
+import math
+
+from samv2.common.errors import FrameError
+from samv2.common.settings import Settings
+from samv2.federated.client_round import TrainReply
+from samv2.federated.server_merge import ServerState, ValidReply
+from samv2.federated.usage import unpack_usage
+from samv2.updates.aggregate import Contribution
+from samv2.updates.packing import Manifest, unpack
+
+LARGEST_VALUE = 1e4
+"""Largest absolute change of a parameter in one round that is believed."""
+
+
+def validate_reply(
+    reply: TrainReply,
+    client: int,
+    state: ServerState,
+    manifest: Manifest,
+    settings: Settings,
+) -> ValidReply:
+    """Check one reply against what the server asked for.
+
+    Args:
+        reply: as received.
+        client: index of the client it came from, by the server's own records.
+        state: the server's state before the merge.
+        manifest: of the blocks.
+        settings: limits; the example count is capped at ``federation.max_examples``.
+
+    Returns:
+        The reply, ready to merge.
+
+    Raises:
+        FrameError: the reason; one of the frame format's, or ``budget`` (update larger
+            than allowed), ``examples``, ``tokens``, ``train_loss``, ``graph_version``,
+            ``usage_range``, ``empty_update``, ``update_range``.
+    """
+    current = state.round + 1
+    budget = settings.federation.update_budget_bytes
+    if len(reply.update) > budget:
+        raise FrameError(
+            "budget", f"the update has {len(reply.update)} bytes, allowed are {budget}"
+        )
+    _check_number("examples", reply.examples, 1, None)
+    limit = settings.train.local_steps * settings.train.batch_size
+    limit *= settings.train.sequence_length
+    _check_number("tokens", reply.tokens, 1, limit)
+    if not math.isfinite(reply.train_loss):
+        raise FrameError("train_loss", f"the training loss is {reply.train_loss}")
+    if reply.graph_version != state.graph.version:
+        raise FrameError(
+            "graph_version",
+            f"the client walked graph version {reply.graph_version}, the round's is "
+            f"{state.graph.version}",
+        )
+    layers, experts = state.graph.edge_mask_LEE.shape[:2]
+    counts = unpack_usage(
+        reply.usage, layers, experts, round=current, max_count=reply.tokens
+    )
+    update = unpack(reply.update, manifest, round=current)
+    if not update:
+        raise FrameError("empty_update", "the update carries no expert")
+    largest = max(float(block.abs().max()) for block in update.values())
+    if largest > LARGEST_VALUE:
+        raise FrameError(
+            "update_range",
+            f"the update holds a value of {largest:g}; allowed are {LARGEST_VALUE:g}",
+        )
+    return ValidReply(
+        contribution=Contribution(
+            client=client,
+            frame=reply.update,
+            weight=float(min(reply.examples, settings.federation.max_examples)),
+            expert_ids=tuple(update),
+        ),
+        counts=counts,
+        bytes_up=reply_bytes(reply),
+        train_loss=reply.train_loss,
+        tokens=reply.tokens,
+    )
+
+
+def reply_bytes(reply: TrainReply) -> int:
+    """Payload bytes of a reply: both frames and five numbers of eight bytes."""
+    return len(reply.update) + len(reply.usage) + 5 * 8
+
+
+def _check_number(name: str, value: int, least: int, most: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise FrameError(name, f"{name} is {value!r}, not a whole number")
+    if value < least or (most is not None and value > most):
+        span = f"at least {least}" if most is None else f"{least}..{most}"
+        raise FrameError(name, f"{name} is {value}, it must be {span}")

@@ -1,0 +1,1 @@
+"""Loading dense models, the assembler, adapters, and saving."""

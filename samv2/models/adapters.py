@@ -1,0 +1,140 @@
+"""Row-LoRA adapters: frozen shared factors, and expert blocks as flat vectors.
+
+The factors A_g, A_u (R x D) and B_d (D x R) of every layer are generated from the run's
+seed and never sent: orthonormal rows (A) and columns (B), so each adapter row is a
+coordinate in a random R-dimensional subspace (FFA-LoRA, arXiv 2403.12313, freezes A for
+the same reason). Because they are common to all clients, averaging the trained rows
+averages the weight changes exactly.
+
+One expert's trainable numbers form one *block*, a flat float32 vector:
+
+    [B_g[e] (F R) | B_u[e] (F R) | A_d[e] (R F) | gate row (D) | gate bias | u_e |
+     edge strengths into e (E)]
+
+Its expert id is ``layer * E + e``; the assembler is one more block, id ``L * E``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from samv2.common.errors import ModelError
+from samv2.experts.moe_layers import ExpertGraphMLP, FrozenFactors
+
+
+def make_factors(
+    *, seed: int, layer: int, model_width: int, rank: int, scale: float
+) -> FrozenFactors:
+    """The frozen factors of one layer, float32.
+
+    Args:
+        seed: of the run.
+        layer: index among the converted layers.
+        model_width: D.
+        rank: R, 1 <= R <= D.
+        scale: s, multiplies every adapter term.
+
+    Raises:
+        ModelError: the rank is outside 1..D.
+    """
+    if not 1 <= rank <= model_width:
+        raise ModelError(f"adapter.rank is {rank}; it must lie in 1..{model_width}")
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+
+    def orthonormal_DR() -> Tensor:
+        normal = torch.randn(model_width, rank, generator=generator, dtype=torch.double)
+        q, r = torch.linalg.qr(normal)
+        return (q * r.diagonal().sign()).float()
+
+    return FrozenFactors(
+        gate_RD=orthonormal_DR().T.contiguous(),
+        up_RD=orthonormal_DR().T.contiguous(),
+        down_DR=orthonormal_DR(),
+        scale=scale,
+    )
+
+
+def expert_parts(layer: ExpertGraphMLP, expert: int) -> list[Tensor]:
+    """Views of one expert's trainable numbers, in the block's order."""
+    return [
+        layer.adapter_gate_EFR[expert],
+        layer.adapter_up_EFR[expert],
+        layer.adapter_down_ERF[expert],
+        layer.gate_weight_ED[expert],
+        layer.gate_bias_E[expert],
+        layer.mix_E[expert],
+        layer.edge_strength_EE[:, expert],
+    ]
+
+
+def read_blocks(
+    layers: Sequence[ExpertGraphMLP], assembler: nn.Module | None
+) -> dict[int, Tensor]:
+    """All trainable blocks of a model.
+
+    Args:
+        layers: the converted layers in order.
+        assembler: its parameters become the last block; None for none.
+
+    Returns:
+        {expert_id: (n,) float32}, detached copies on the CPU.
+    """
+    blocks: dict[int, Tensor] = {}
+    for index, layer in enumerate(layers):
+        for expert in range(layer.num_experts):
+            blocks[index * layer.num_experts + expert] = _flatten(
+                expert_parts(layer, expert)
+            )
+    if assembler is not None:
+        blocks[assembler_id(layers)] = _flatten(list(assembler.parameters()))
+    return blocks
+
+
+def write_blocks(
+    layers: Sequence[ExpertGraphMLP],
+    assembler: nn.Module | None,
+    blocks: Mapping[int, Tensor],
+) -> None:
+    """Copy blocks into a model's parameters, in place; absent ids keep their values.
+
+    Raises:
+        ModelError: an id that the model does not have, or a block of another size;
+            nothing was written.
+    """
+    num_experts = layers[0].num_experts
+    chosen: list[tuple[list[Tensor], Tensor]] = []
+    for expert_id, block in blocks.items():
+        index, expert = divmod(expert_id, num_experts)
+        if assembler is not None and expert_id == assembler_id(layers):
+            parts = list(assembler.parameters())
+        elif 0 <= index < len(layers):
+            parts = expert_parts(layers[index], expert)
+        else:
+            raise ModelError(
+                f"block {expert_id} is not one of the model's {len(layers)} layers of "
+                f"{num_experts} experts"
+            )
+        expected = sum(part.numel() for part in parts)
+        if block.shape != (expected,):
+            raise ModelError(
+                f"block {expert_id} has shape {tuple(block.shape)}, the model needs "
+                f"({expected},); is it from a run with another rank or model?"
+            )
+        chosen.append((parts, block))
+    with torch.no_grad():
+        for parts, block in chosen:
+            sizes = [part.numel() for part in parts]
+            for part, values in zip(parts, block.split(sizes)):
+                part.copy_(values.view(part.shape))
+
+
+def assembler_id(layers: Sequence[ExpertGraphMLP]) -> int:
+    """The id of the assembler's block: one past the last expert's."""
+    return len(layers) * layers[0].num_experts
+
+
+def _flatten(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.detach().reshape(-1).float().cpu() for part in parts])

@@ -1,0 +1,332 @@
+"""A Llama-style causal LM whose FFNs are expert graphs.
+
+The Hugging Face model stays as it is; its converted decoder layers are swapped, visibly,
+for :class:`ExpertDecoderLayer`, and nothing is patched.
+
+Shapes: B sequences, S positions, L converted layers, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from samv2.common.errors import ModelError
+from samv2.experts.graph import ExpertGraph
+from samv2.experts.moe_layers import (
+    ExpertGraphMLP,
+    PrefixState,
+    WalkOptions,
+    check_visits,
+    ffn_flops_fraction,
+)
+from samv2.models.adapters import read_blocks, write_blocks
+from samv2.models.assembler import Assembler
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertModelConfig:
+    """What makes an expert graph out of a dense model; saved beside its weights."""
+
+    layers: tuple[int, ...]
+    """Indices of the decoder layers that are converted."""
+    num_experts: int
+    """E."""
+    experts_per_token: int
+    """K, shared experts included."""
+    num_shared: int
+    """Experts that every token visits."""
+    combine: str = "unit"
+    """``unit`` (function-preserving) or ``softmax`` (EMoE)."""
+    chains: bool = False
+    """Whether edges carry data (trainable strengths)."""
+    surrogate_rank: int = 0
+    """Q; 0 means no surrogates."""
+    adapter_rank: int = 8
+    """R."""
+    adapter_scale: float = 2.0
+    """s."""
+    assembler_width: int = 16
+    """Hidden width of the assembler; 0 means none."""
+    prefix_tokens: int = 32
+    """Leading positions that form the assembler's context."""
+    seed: int = 0
+    """Of the frozen factors and the assembler's start."""
+    base_fingerprint: str = ""
+    """Of the dense model this was made from."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; the inverse of :meth:`from_json`."""
+        return asdict(self) | {"layers": list(self.layers)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ExpertModelConfig:
+        """Read :meth:`to_json`'s object.
+
+        Raises:
+            ModelError: unknown or missing keys, by name.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ModelError(
+                f"the expert model's config has unknown keys {unknown}; it was written "
+                "by another version of samv2"
+            )
+        try:
+            return cls(**(values | {"layers": tuple(values["layers"])}))
+        except (KeyError, TypeError) as error:
+            raise ModelError(
+                f"the expert model's config is incomplete: {error}"
+            ) from None
+
+
+class ExpertCache(DynamicCache):
+    """A key-value cache that also carries the assembler's context of each layer."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.prefixes: dict[int, PrefixState] = {}
+
+
+class ExpertDecoderLayer(nn.Module):
+    """A decoder layer around an expert graph; attention and norms are the original's.
+
+    Args:
+        base: the dense decoder layer (its ``mlp`` is dropped).
+        mlp: the expert graph that takes its place.
+    """
+
+    def __init__(self, base: nn.Module, mlp: ExpertGraphMLP) -> None:
+        super().__init__()
+        self.self_attn = base.self_attn
+        self.mlp = mlp
+        self.input_layernorm = base.input_layernorm
+        self.post_attention_layernorm = base.post_attention_layernorm
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        walk_options: WalkOptions | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the dense layer's; ``walk_options`` reaches the expert graph."""
+        prefix = self._prefix(past_key_values, walk_options)
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        output, state = self.mlp(
+            self.post_attention_layernorm(hidden_states), walk_options, prefix
+        )
+        if isinstance(past_key_values, ExpertCache):
+            past_key_values.prefixes[self.mlp.layer] = state
+        return hidden_states + output
+
+    def _prefix(
+        self, cache: DynamicCache | None, options: WalkOptions | None
+    ) -> PrefixState | None:
+        if isinstance(cache, ExpertCache):
+            return cache.prefixes.get(self.mlp.layer)
+        uses_context = self.mlp.assembler is not None and (
+            options is None or options.use_assembler
+        )
+        seen = (
+            cache.get_seq_length(self.self_attn.layer_idx) if cache is not None else 0
+        )
+        if seen and uses_context:
+            raise ModelError(
+                "this cache was filled without the assembler's context; pass "
+                "past_key_values=ExpertCache(), or generate through ExpertModel.generate"
+            )
+        return None
+
+
+class ExpertModel(nn.Module):
+    """A causal LM with expert graphs, its assembler, and its server graph.
+
+    Args:
+        llama: the Hugging Face model with its converted layers already swapped.
+        assembler: shared by all converted layers, or None.
+        expert_config: what was converted and how.
+    """
+
+    def __init__(
+        self,
+        llama: PreTrainedModel,
+        assembler: Assembler | None,
+        expert_config: ExpertModelConfig,
+    ) -> None:
+        super().__init__()
+        self.llama = llama
+        self.assembler = assembler
+        self.expert_config = expert_config
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The Hugging Face config of the underlying model."""
+        return self.llama.config
+
+    @property
+    def expert_layers(self) -> list[ExpertGraphMLP]:
+        """The converted FFNs, in order."""
+        decoder = self.llama.model.layers
+        return [decoder[index].mlp for index in self.expert_config.layers]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        walk_options: WalkOptions | None = None,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (and the loss, with ``labels``) of (B, S) int64 token ids.
+
+        Args:
+            input_ids: (B, S) int64.
+            attention_mask: (B, S), 1 for tokens; padding must be on the right, because
+                the assembler reads each sequence's leading positions.
+            labels: (B, S) int64, -100 where ignored.
+            walk_options: choices for this pass.
+            use_cache: fill a cache; see :class:`ExpertCache`.
+            **kwargs: passed to the Hugging Face model.
+
+        Raises:
+            ModelError: left padding while an assembler is in use.
+        """
+        self._refuse_left_padding(attention_mask)
+        return self.llama(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            use_cache=use_cache,
+            walk_options=walk_options,
+            **kwargs,
+        )
+
+    def hidden_states(
+        self, input_ids: Tensor, walk_options: WalkOptions | None = None
+    ) -> Tensor:
+        """Last hidden states (B, S, D), before the head."""
+        output = self.llama.model(
+            input_ids=input_ids, use_cache=False, walk_options=walk_options
+        )
+        return output.last_hidden_state
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """Hugging Face's ``generate`` with a cache that carries the contexts.
+
+        Beams are refused: they would have to reorder the contexts.
+        """
+        if kwargs.get("num_beams", 1) != 1:
+            raise ModelError(f"num_beams is {kwargs['num_beams']}; use 1 (sampling)")
+        self._refuse_left_padding(kwargs.get("attention_mask"))
+        return self.llama.generate(
+            input_ids, past_key_values=ExpertCache(config=self.config), **kwargs
+        )
+
+    @property
+    def graph(self) -> ExpertGraph:
+        """The server graph that the layers walk (version 0: versions are the run's)."""
+        layers = self.expert_layers
+        return ExpertGraph(
+            edge_mask_LEE=torch.stack([layer.edge_mask_EE.cpu() for layer in layers]),
+            order_LE=torch.stack([layer.order_E.cpu() for layer in layers]),
+        )
+
+    def set_graph(self, graph: ExpertGraph) -> None:
+        """Walk another graph from now on.
+
+        Raises:
+            ModelError: its shape is not the model's.
+        """
+        layers = self.expert_layers
+        expected = (len(layers), layers[0].num_experts, layers[0].num_experts)
+        if tuple(graph.edge_mask_LEE.shape) != expected:
+            raise ModelError(
+                f"the graph has shape {tuple(graph.edge_mask_LEE.shape)}, the model "
+                f"needs {expected}"
+            )
+        for index, layer in enumerate(layers):
+            layer.edge_mask_EE.copy_(graph.edge_mask_LEE[index])
+            layer.order_E.copy_(graph.order_LE[index])
+
+    def read_blocks(self) -> dict[int, Tensor]:
+        """Trainable blocks {expert_id: flat float32}; see models.adapters."""
+        return read_blocks(self.expert_layers, self.assembler)
+
+    def write_blocks(self, blocks: dict[int, Tensor]) -> None:
+        """Copy blocks into the parameters."""
+        write_blocks(self.expert_layers, self.assembler, blocks)
+
+    def set_experts_per_token(self, k: int) -> None:
+        """Change K of every converted layer.
+
+        Raises:
+            ModelError: K does not fit the shared experts or E.
+        """
+        config = self.expert_config
+        check_visits(k, config.num_shared, config.num_experts)
+        self.expert_config = replace(config, experts_per_token=k)
+        for layer in self.expert_layers:
+            layer.experts_per_token = k
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Adapter rows, gates, strengths and the assembler, in a fixed order."""
+        chosen: dict[int, nn.Parameter] = {}
+        for layer in self.expert_layers:
+            for parameter in layer.parameters():
+                chosen.setdefault(id(parameter), parameter)
+        if self.assembler is not None:
+            for parameter in self.assembler.parameters():
+                chosen.setdefault(id(parameter), parameter)
+        return list(chosen.values())
+
+    def freeze_base(self) -> None:
+        """Leave gradients on for the trainable parameters only."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.trainable_parameters():
+            parameter.requires_grad_(True)
+
+    def flops_fraction(self, experts_per_token: int | None = None) -> float:
+        """FFN multiply-adds over the dense model's, dense layers counted as 1."""
+        config = self.expert_config
+        k = config.experts_per_token if experts_per_token is None else experts_per_token
+        total = self.config.num_hidden_layers
+        converted = ffn_flops_fraction(
+            model_width=self.config.hidden_size,
+            ffn_width=self.config.intermediate_size,
+            num_experts=config.num_experts,
+            experts_per_token=k,
+            surrogate_rank=config.surrogate_rank,
+        )
+        return (total - len(config.layers) + len(config.layers) * converted) / total
+
+    def _refuse_left_padding(self, attention_mask: Tensor | None) -> None:
+        if self.assembler is None or attention_mask is None:
+            return
+        if not bool(attention_mask[:, 0].all()):
+            raise ModelError(
+                "a sequence is padded on the left; the assembler reads leading "
+                "positions, so pad on the right (tokenizer.padding_side = 'right')"
+            )

@@ -1,0 +1,93 @@
+"""Next-token loss and perplexity, for dense and expert models alike.
+
+Logits over the vocabulary are made a few rows at a time, never for a whole batch.
+
+Shapes: B windows, S tokens a window, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from samv2.experts.moe_layers import WalkOptions
+from samv2.models.expert_model import ExpertModel
+
+ROWS_PER_CHUNK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Summed negative log-likelihood (nats) of a number of predicted tokens."""
+
+    nll: float
+    tokens: int
+
+    def __add__(self, other: Score) -> Score:
+        return Score(nll=self.nll + other.nll, tokens=self.tokens + other.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll / tokens); infinite where that overflows or nothing was scored."""
+        if self.tokens == 0:
+            return math.inf
+        mean = self.nll / self.tokens
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+def next_token_loss(
+    model: ExpertModel | PreTrainedModel,
+    tokens_BS: Tensor,
+    walk_options: WalkOptions | None = None,
+) -> Tensor:
+    """Mean next-token cross-entropy in nats, float32 scalar, differentiable.
+
+    Args:
+        model: expert or dense causal LM.
+        tokens_BS: (B, S) int64, S >= 2; every position predicts the next.
+        walk_options: choices for the expert graphs.
+    """
+    if isinstance(model, ExpertModel):
+        hidden_BSD = model.hidden_states(tokens_BS, walk_options)
+        head = model.llama.lm_head
+    else:
+        output = model.model(input_ids=tokens_BS, use_cache=False)
+        hidden_BSD, head = output.last_hidden_state, model.lm_head
+    rows_ND = hidden_BSD[:, :-1].flatten(0, 1)
+    targets_N = tokens_BS[:, 1:].flatten()
+
+    def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(head(rows).float(), targets, reduction="sum")
+
+    total = rows_ND.new_zeros((), dtype=torch.float32)
+    for rows, targets in zip(
+        rows_ND.split(ROWS_PER_CHUNK), targets_N.split(ROWS_PER_CHUNK)
+    ):
+        if torch.is_grad_enabled() and rows.requires_grad:
+            total = total + checkpoint(chunk_loss, rows, targets, use_reentrant=False)
+        else:
+            total = total + chunk_loss(rows, targets)
+    return total / len(targets_N)
+
+
+@torch.no_grad()
+def score_windows(
+    model: ExpertModel | PreTrainedModel,
+    windows_NS: Tensor,
+    *,
+    batch_size: int = 4,
+    walk_options: WalkOptions | None = None,
+) -> Score:
+    """Score (N, S) windows of held-out text; the first token of each is not predicted."""
+    score = Score(nll=0.0, tokens=0)
+    for batch_BS in windows_NS.split(batch_size):
+        count = batch_BS[:, 1:].numel()
+        loss = next_token_loss(model, batch_BS, walk_options)
+        score = score + Score(nll=float(loss) * count, tokens=count)
+    return score

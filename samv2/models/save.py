@@ -1,0 +1,293 @@
+"""Expert models on disk: a folder of ``config.json`` and safetensors, and back.
+
+``config.json`` is the dense model's Hugging Face config with one key more, ``samv2``
+(:class:`ExpertModelConfig`). ``model.safetensors`` holds the decoder under its Hugging
+Face names, with a converted layer's ``mlp`` as its experts, gate, surrogates and graph.
+The frozen adapter factors are generated from the seed and not stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+
+from samv2.common.errors import ModelError
+from samv2.common.files import replace_folder
+from samv2.experts.calibration import Gate
+from samv2.experts.moe_layers import ExpertGraphMLP
+from samv2.models.bootstrap import layer_factors, make_assembler
+from samv2.models.expert_model import (
+    ExpertDecoderLayer,
+    ExpertModel,
+    ExpertModelConfig,
+)
+from samv2_kernels import ExpertWeights, Surrogates
+
+CONFIG_KEY = "samv2"
+WEIGHTS = "model.safetensors"
+FACTORS = ("factor_gate_RD", "factor_up_RD", "factor_down_DR")
+
+
+def save_expert_model(
+    model: ExpertModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write the model so that a crash leaves either the old folder or the new one."""
+    with replace_folder(folder) as target:
+        config = model.config.to_dict()
+        config[CONFIG_KEY] = model.expert_config.to_json()
+        (target / "config.json").write_text(json.dumps(config, indent=1))
+        save_file(_weights(model), target / WEIGHTS, metadata={"format": "pt"})
+        tokenizer.save_pretrained(target)
+
+
+def is_expert_model(folder: Path) -> bool:
+    """Whether a folder holds a bootstrapped model rather than a dense one."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    try:
+        return CONFIG_KEY in json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return False
+
+
+def expert_fingerprint(model: ExpertModel) -> str:
+    """Identity of a bootstrapped model: its config and every trainable start.
+
+    The gate rows among them depend on base weights, clustering and calibration, so two
+    conversions differ. Call it before anything is trained.
+    """
+    digest = hashlib.sha256(json.dumps(model.expert_config.to_json()).encode())
+    for expert_id, block in sorted(model.read_blocks().items()):
+        digest.update(expert_id.to_bytes(4, "little"))
+        digest.update(block.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_expert_model(folder: Path) -> tuple[ExpertModel, PreTrainedTokenizerBase]:
+    """Load a folder that :func:`save_expert_model` wrote; evaluation mode, on the CPU.
+
+    Weights are mapped from the file, so several processes share one copy of the base.
+
+    Raises:
+        ModelError: the folder is not a bootstrapped model, or its files are damaged.
+    """
+    folder = Path(folder)
+    if not is_expert_model(folder):
+        raise ModelError(
+            f"{folder} holds no expert graph (no config.json with a {CONFIG_KEY!r} key); "
+            "make one with `samv2 bootstrap MODEL --output DIR`"
+        )
+    config, hf_config = _read_config(folder)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder / WEIGHTS} cannot be read ({error}); bootstrap the model again"
+        ) from None
+
+    try:
+        model = _build(weights, config, hf_config)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{folder / WEIGHTS} does not fit its config: {error}; bootstrap the model "
+            "again"
+        ) from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the tokenizer in {folder} cannot be read: {error}") from None
+    return model, tokenizer
+
+
+def _read_config(folder: Path) -> tuple[ExpertModelConfig, PretrainedConfig]:
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = ExpertModelConfig.from_json(values.pop(CONFIG_KEY))
+    try:
+        hf_config = AutoConfig.for_model(**values)
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'} describes no model ({error}); bootstrap the model "
+            "again"
+        ) from None
+    beyond = [n for n in config.layers if not 0 <= n < hf_config.num_hidden_layers]
+    if beyond:
+        raise ModelError(
+            f"{folder / 'config.json'} converts layers {beyond} of a model of "
+            f"{hf_config.num_hidden_layers}; bootstrap the model again"
+        )
+    return config, hf_config
+
+
+def _build(
+    weights: dict[str, Tensor], config: ExpertModelConfig, hf_config: PretrainedConfig
+) -> ExpertModel:
+    """The model around the stored tensors."""
+    dtype = _stored(weights, "model.embed_tokens.weight").dtype
+    with no_init_weights():
+        llama = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    assembler = make_assembler(hf_config.hidden_size, config)
+    decoder = llama.model.layers
+    for position, index in enumerate(config.layers):
+        prefix = f"model.layers.{index}.mlp."
+        mlp = _layer_from(weights, prefix, position, config)
+        mlp.assembler = assembler
+        decoder[index] = ExpertDecoderLayer(decoder[index], mlp)
+    plain = {k: v for k, v in weights.items() if not k.startswith("assembler.")}
+    if assembler is not None:
+        assembler.load_state_dict(
+            {k.removeprefix("assembler."): weights[k] for k in weights.keys() - plain}
+        )
+    missing, unexpected = llama.load_state_dict(plain, strict=False, assign=True)
+    _check_keys(missing, unexpected, tied=hf_config.tie_word_embeddings)
+    llama.tie_weights()
+    model = ExpertModel(llama, assembler, config)
+    model.freeze_base()
+    return model.eval()
+
+
+def _stored(weights: dict[str, Tensor], name: str) -> Tensor:
+    try:
+        return weights[name]
+    except KeyError:
+        raise ModelError(
+            f"the expert model's weights lack {name}; bootstrap it again"
+        ) from None
+
+
+def _weights(model: ExpertModel) -> dict[str, Tensor]:
+    """Every stored tensor once: no tied head, no generated factors, one assembler."""
+    kept: dict[str, Tensor] = {}
+    for name, tensor in model.llama.state_dict().items():
+        if ".mlp.assembler." in name or name.rsplit(".", 1)[-1] in FACTORS:
+            continue
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        kept[name] = tensor.contiguous()
+    if model.assembler is not None:
+        for name, tensor in model.assembler.state_dict().items():
+            kept[f"assembler.{name}"] = tensor.contiguous()
+    return kept
+
+
+def _layer_from(
+    weights: dict[str, Tensor], prefix: str, position: int, config: ExpertModelConfig
+) -> ExpertGraphMLP:
+    def part(name: str) -> Tensor:
+        return _stored(weights, prefix + name)
+
+    base = ExpertWeights(
+        gate_EFD=part("gate_EFD"), up_EFD=part("up_EFD"), down_EFD=part("down_EFD")
+    )
+    surrogates = None
+    if config.surrogate_rank:
+        surrogates = Surrogates(
+            shared_QD=part("surrogate_shared_QD"),
+            out_EQD=part("surrogate_out_EQD"),
+            bias_ED=part("surrogate_bias_ED"),
+        )
+    return ExpertGraphMLP(
+        layer=position,
+        weights=base,
+        gate=Gate(weight_ED=part("gate_weight_ED"), bias_E=part("gate_bias_E")),
+        surrogates=surrogates,
+        factors=layer_factors(position, base.gate_EFD.shape[2], config),
+        edge_mask_EE=part("edge_mask_EE"),
+        order_E=part("order_E"),
+        num_shared=config.num_shared,
+        experts_per_token=config.experts_per_token,
+        combine=config.combine,
+        chains=config.chains,
+        prefix_tokens=config.prefix_tokens,
+    )
+
+
+def _check_keys(missing: list[str], unexpected: list[str], *, tied: bool) -> None:
+    lacking = [
+        name
+        for name in missing
+        if ".mlp.assembler." not in name
+        and name.rsplit(".", 1)[-1] not in FACTORS
+        and not (tied and name == "lm_head.weight")
+    ]
+    if lacking or unexpected:
+        raise ModelError(
+            f"the expert model's weights do not fit its config: missing {lacking[:3]}, "
+            f"unexpected {unexpected[:3]}; bootstrap it again"
+        )
+
+
+@torch.no_grad()
+def export_dense(model: ExpertModel) -> torch.nn.Module:
+    """A plain Hugging Face model with adapters merged and experts re-joined.
+
+    Its logits are those of the expert model at K = E walking the full graph, i.e. with
+    every expert visited.
+
+    Raises:
+        ModelError: the combine weights or chains make the K = E model no plain FFN.
+    """
+    with no_init_weights():
+        dense = AutoModelForCausalLM.from_config(
+            model.config, dtype=model.llama.model.embed_tokens.weight.dtype
+        )
+    target = dense.state_dict()
+    source = model.llama.state_dict()
+    for name in target:
+        if ".mlp." not in name:
+            target[name].copy_(source[name])
+    for position, index in enumerate(model.expert_config.layers):
+        merged = _merge_layer(model.expert_layers[position])
+        for name, tensor in merged.items():
+            target[f"model.layers.{index}.mlp.{name}.weight"].copy_(tensor)
+    for index in range(model.config.num_hidden_layers):
+        if index not in model.expert_config.layers:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                key = f"model.layers.{index}.mlp.{name}.weight"
+                target[key].copy_(source[key])
+    dense.tie_weights()
+    return dense.eval()
+
+
+def _merge_layer(layer: ExpertGraphMLP) -> dict[str, Tensor]:
+    """gate_proj, up_proj, down_proj of one layer, in float32."""
+    if layer.combine != "unit":
+        raise ModelError(
+            f"experts.combine is {layer.combine!r}: its K = E model is not a plain FFN "
+            "and cannot be exported; only 'unit' can"
+        )
+    if layer.chains and bool(layer.edge_strength_EE.any()):
+        raise ModelError(
+            "edges carry data (non-zero strengths), so the model is not a plain FFN and "
+            "cannot be exported; train with experts.chains = false"
+        )
+    if bool(layer.mix_E.any()):
+        raise ModelError(
+            "combine weights depend on the token (u is not 0), so the model is not a "
+            "plain FFN and cannot be exported; train with train.train_mix = false"
+        )
+    a = layer.adapters
+    down_EFD = layer.down_EFD.float() + a.scale * torch.einsum(
+        "erf,dr->efd", a.down_ERF, a.shared_down_DR
+    )
+    gate_EFD = layer.gate_EFD.float() + a.scale * a.gate_EFR @ a.shared_gate_RD
+    up_EFD = layer.up_EFD.float() + a.scale * a.up_EFR @ a.shared_up_RD
+    return {
+        "gate_proj": gate_EFD.flatten(0, 1),
+        "up_proj": up_EFD.flatten(0, 1),
+        "down_proj": down_EFD.flatten(0, 1).T,
+    }

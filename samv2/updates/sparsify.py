@@ -1,0 +1,112 @@
+"""Which experts a client sends, and what it keeps for later (error feedback).
+
+Blocks are ranked by the L2 norm of their update, ties by id; at most ``send_experts`` of
+a layer and at most ``update_budget_bytes`` in all are sent. What was not sent, and what
+the codec lost of what was, is kept and decayed: e' = decay (update - decoded)
+(memory of Stich et al., arXiv 1809.07599; the residual subtracts what the server will
+decode, not what the client meant).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+VALUE_BITS: Mapping[str, float] = {
+    "raw": 32,
+    "bf16": 16,
+    "f16": 16,
+    "int8": 8 + 32 / 256,
+    "int4": 4 + 32 / 64,
+}
+"""Bits a stored value takes by codec, scales included."""
+FRAME_BYTES = 72
+"""Header and trailer of a frame."""
+TENSOR_BYTES = 32 + 1 + 8 + 63 + 8
+"""Directory entry, presence, descriptor, padding and last scale of one small tensor."""
+
+
+def packed_bound(numel: int, codec: str) -> int:
+    """Most bytes one dense block adds to a frame."""
+    descriptors = 9 * (numel // 65536)
+    return int(numel * VALUE_BITS[codec] / 8) + 1 + TENSOR_BYTES + descriptors
+
+
+def select_blocks(
+    update: Mapping[int, Tensor],
+    *,
+    codec: str,
+    update_budget_bytes: int,
+    send_experts: int = 0,
+    experts_per_layer: int = 0,
+    always: Iterable[int] = (),
+) -> tuple[int, ...]:
+    """Ids of the blocks to send.
+
+    Args:
+        update: {expert_id: tensor}.
+        codec: value codec that the blocks will be packed with.
+        update_budget_bytes: the packed frame will not exceed this.
+        send_experts: most blocks a layer; 0 means no such limit.
+        experts_per_layer: E, needed where ``send_experts`` is set (layer = id // E).
+        always: ids that go first and are not counted against ``send_experts``.
+
+    Returns:
+        Ids in rising order; blocks whose update is all zero are left out.
+    """
+    first = set(always)
+    norms = {
+        expert_id: float(block.double().norm()) for expert_id, block in update.items()
+    }
+    ranked = sorted(
+        (expert_id for expert_id, norm in norms.items() if norm > 0),
+        key=lambda expert_id: (expert_id not in first, -norms[expert_id], expert_id),
+    )
+    room = update_budget_bytes - FRAME_BYTES
+    sent_of_layer: Counter[int] = Counter()
+    chosen = []
+    for expert_id in ranked:
+        size = packed_bound(update[expert_id].numel(), codec)
+        counted = send_experts > 0 and expert_id not in first
+        layer = expert_id // experts_per_layer if counted else 0
+        if size > room or (counted and sent_of_layer[layer] >= send_experts):
+            continue
+        room -= size
+        sent_of_layer[layer] += counted
+        chosen.append(expert_id)
+    return tuple(sorted(chosen))
+
+
+def with_residual(
+    update: Mapping[int, Tensor], residual: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """The update plus what earlier rounds kept back, block by block."""
+    return {
+        expert_id: block + residual[expert_id] if expert_id in residual else block
+        for expert_id, block in update.items()
+    }
+
+
+def next_residual(
+    update: Mapping[int, Tensor], decoded: Mapping[int, Tensor], *, decay: float
+) -> dict[int, Tensor]:
+    """What is kept for later rounds.
+
+    Args:
+        update: what should have arrived (residual included).
+        decoded: what the server will decode, of the blocks that were sent.
+        decay: share that is kept; 0 keeps nothing.
+
+    Returns:
+        {expert_id: decay (update - decoded)}, all-zero blocks left out.
+    """
+    if decay == 0:
+        return {}
+    kept = {}
+    for expert_id, block in update.items():
+        left = block - decoded[expert_id] if expert_id in decoded else block
+        if bool(left.any()):
+            kept[expert_id] = left * decay
+    return kept
