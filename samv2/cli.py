@@ -37,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to(errors, verbose=arguments.verbose)
     try:
         return arguments.run(arguments)
-    except SamError as error:
+    except (SamError, OSError) as error:
         if arguments.verbose:
             errors.print_exception()
-        errors.print(f"[bold red]error:[/bold red] {_escaped(error)}")
+        errors.print(f"[bold red]error:[/bold red] {_escaped(error)}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        errors.print("stopped; completed rounds are kept: continue with --resume")
+        errors.print("stopped; a run keeps its completed rounds: go on with --resume")
         return 130
 
 

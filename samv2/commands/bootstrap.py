@@ -28,7 +28,7 @@ def register(verbs: Any) -> None:
         "--output", type=Path, required=True, metavar="DIR", help="folder to write"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing DIR"
+        "--overwrite", action="store_true", help="replace an expert graph in DIR"
     )
     add_settings_options(parser, default=None)
     parser.set_defaults(run=run)

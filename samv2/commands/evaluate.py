@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from samv2.commands.options import add_settings_options
@@ -43,6 +42,7 @@ def register(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     from samv2.common.telemetry import make_console, number_table
+    from samv2.configs import config_path
     from samv2.federated.evaluation import evaluate
 
     progress = make_console(stderr=True)
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         texts=arguments.text,
         experts_per_token=arguments.experts,
         eval_windows=arguments.windows,
-        config=Path(arguments.config) if arguments.config else None,
+        config=config_path(arguments.config) if arguments.config else None,
         overrides=arguments.overrides,
         console=progress,
     )

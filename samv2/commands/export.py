@@ -28,24 +28,20 @@ def register(verbs: Any) -> None:
         "--output", type=Path, required=True, metavar="DIR", help="folder to write"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing DIR"
+        "--overwrite", action="store_true", help="replace a model in DIR"
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
-    from samv2.common.errors import CheckpointError
     from samv2.common.files import replace_folder
     from samv2.common.telemetry import make_console
-    from samv2.federated.run_folder import load_model_or_run
+    from samv2.federated.run_folder import check_output, load_model_or_run
     from samv2.models.save import export_dense
 
     output: Path = arguments.output
-    if output.exists() and not arguments.overwrite:
-        raise CheckpointError(
-            f"{output} exists; choose another --output, or give --overwrite"
-        )
+    check_output(output, overwrite=arguments.overwrite, expert=False)
     model, tokenizer, name = load_model_or_run(arguments.model)
     dense = export_dense(model)
     with replace_folder(output) as folder:

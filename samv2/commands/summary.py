@@ -16,13 +16,8 @@ def show_summary(summary: Mapping[str, Any], root: Path, console: Console) -> No
     """Print a run's summary as a table and a few sentences."""
     rows = []
     for name, values in summary["domains"].items():
-        change = values["final"] / values["start"] - 1
-        dense = "-" if values["dense"] is None else f"{values['dense']:.2f}"
-        rows.append(
-            [name, dense, f"{values['start']:.2f}", f"{values['final']:.2f}"]
-            + [f"{change:+.1%}"]
-        )
-    start, final = (_mean(summary, part) for part in ("start", "final"))
+        cells = [_number(values[part]) for part in ("dense", "start", "final")]
+        rows.append([name, *cells, _change(values)])
     console.print()
     console.print(
         number_table(
@@ -40,16 +35,18 @@ def show_summary(summary: Mapping[str, Any], root: Path, console: Console) -> No
     up = summary["bytes_up_per_client_round"]
     fedit = summary["fedit_bytes_per_client_round"]
     seconds = sum(summary["seconds"].values())
-    improved = sum(v["final"] < v["start"] for v in summary["domains"].values())
+    known = [v for v in summary["domains"].values() if v["start"] and v["final"]]
+    improved = sum(values["final"] < values["start"] for values in known)
+    start, final = (_mean([v[part] for v in known]) for part in ("start", "final"))
     console.print(
         f"\n[bold]What happened.[/bold] {summary['clients']} clients trained "
         f"{summary['model']} for {summary['rounds']} rounds without sharing a sentence of "
         f"text. Held-out perplexity fell on {improved} of {len(rows)} domains (geometric "
-        f"mean {start:.2f} -> {final:.2f}), with {summary['ffn_flops_fraction']:.0%} of "
+        f"mean {_number(start)} -> {_number(final)}), with {summary['ffn_flops_fraction']:.0%} of "
         "the dense model's FFN arithmetic."
     )
     console.print(
-        f"A client uploaded at most {up / 1000:,.0f} kB a round: 1/{fedit / up:.0f} of "
+        f"A client uploaded at most {up / 1000:,.0f} kB a round: 1/{fedit / max(up, 1):.0f} of "
         f"what rank-8 LoRA on the same layers (FedIT) sends ({fedit / 1e6:.2f} MB). "
         f"{summary['edits']} graph edits, {summary['refused']} refused replies, "
         f"{seconds:.0f} s in all."
@@ -64,6 +61,17 @@ def show_summary(summary: Mapping[str, Any], root: Path, console: Console) -> No
     )
 
 
-def _mean(summary: Mapping[str, Any], part: str) -> float:
-    values = [domain[part] for domain in summary["domains"].values()]
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _change(values: Mapping[str, float | None]) -> str:
+    start, final = values["start"], values["final"]
+    return f"{final / start - 1:+.1%}" if start and final else "-"
+
+
+def _mean(values: list[float]) -> float | None:
+    """Geometric mean; None of nothing."""
+    if not values:
+        return None
     return math.exp(sum(math.log(value) for value in values) / len(values))

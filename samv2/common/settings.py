@@ -45,6 +45,8 @@ class ExpertSettings:
     """Decoder layers to convert: ``all``, or ranges as ``1-``, ``4-20,25``."""
     feature: str = "coactivation"
     """What rows are clustered by: coactivation, gate, gate_up_down."""
+    cluster_starts: int = 3
+    """Starts of the clustering; the best is kept."""
     gate: str = "ridge"
     """``ridge`` (calibrated) or ``avg_k`` (EMoE)."""
     combine: str = "unit"
@@ -146,7 +148,7 @@ class FederationSettings:
     error_feedback: float = 0.9
     """Share of what was not sent that is kept for later rounds; 0 turns it off."""
     normalise: str = "contributors"
-    """Divide an expert's sum by its ``contributors`` or by ``all`` sampled clients."""
+    """Divide an expert's sum by its ``contributors`` or by ``all`` valid replies."""
     max_examples: int = 1_000_000
     """Cap on the example count a client may claim."""
     clip_update_norm: float = 0.0
@@ -234,6 +236,7 @@ def _model_faults(settings: Settings) -> Iterator[str]:
     yield from _unknown("experts.feature", experts.feature, FEATURES)
     yield from _unknown("experts.gate", experts.gate, GATES)
     yield from _unknown("experts.combine", experts.combine, COMBINES)
+    yield from _below("experts.cluster_starts", experts.cluster_starts, 1)
     yield from _below("experts.surrogate_rank", experts.surrogate_rank, 0)
     yield from _below("experts.calibration_tokens", experts.calibration_tokens, 256)
     yield from _below("experts.chain_degree", experts.chain_degree, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,8 @@ class MetricsLog:
         clean = _without_nonfinite(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         for name, value in _scalars(clean):
             self._writer.add_scalar(name, value, row["round"])
         self._writer.flush()
@@ -89,16 +92,19 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``; a last line that was cut off is left out."""
+    """The rows of ``metrics.jsonl``, up to the first line that is damaged."""
     path = Path(folder) / METRICS
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("round"), int):
+            break
+        rows.append(row)
     return rows
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from samv2.experts.emoe_cluster import leading_eigenvectors
 from samv2_kernels import ExpertWeights, Surrogates
 
 RIDGE = 1e-2
@@ -46,18 +47,18 @@ class Moments:
     """Centred, weighted second moments of the inputs, and their factorisation."""
 
     mean_D: Tensor
-    root_inverse_DD: Tensor
-    """(X'X + lambda I)^(-1/2)."""
+    whiten_DD: Tensor
+    """W with W'W = (X'X + lambda I)^(-1): the inverse of its Cholesky factor."""
     weight_N: Tensor
     """Token weights, mean 1."""
 
 
-def expert_output(x_ND: Tensor, weights: ExpertWeights, expert: int) -> Tensor:
-    """FFN_e(x), (N, D), in the dtype of the weights."""
+def expert_hidden(x_ND: Tensor, weights: ExpertWeights, expert: int) -> Tensor:
+    """silu(W_g[e] x) * (W_u[e] x), (N, F) float32, computed in the weights' dtype."""
     x_ND = x_ND.to(weights.gate_EFD.dtype)
     gate_NF = x_ND @ weights.gate_EFD[expert].T
     up_NF = x_ND @ weights.up_EFD[expert].T
-    return (silu(gate_NF) * up_NF) @ weights.down_EFD[expert]
+    return (silu(gate_NF) * up_NF).float()
 
 
 def input_moments(x_ND: Tensor, target_norm_N: Tensor) -> Moments:
@@ -74,13 +75,12 @@ def input_moments(x_ND: Tensor, target_norm_N: Tensor) -> Moments:
     mean_D = (weight_N.unsqueeze(1) * x_ND).mean(dim=0)
     centred_ND = x_ND - mean_D
     second_DD = (centred_ND * weight_N.unsqueeze(1)).T @ centred_ND
-    values_D, vectors_DD = torch.linalg.eigh(second_DD.double())
     ridge = RIDGE * second_DD.diagonal().double().mean()
-    values_D = values_D.clamp(min=0) + ridge.clamp(min=LEAST_RIDGE)
-    root_inverse_DD = (vectors_DD * values_D.rsqrt()) @ vectors_DD.T
-    return Moments(
-        mean_D=mean_D, root_inverse_DD=root_inverse_DD.float(), weight_N=weight_N
-    )
+    identity_DD = torch.eye(len(second_DD), dtype=torch.double)
+    regular_DD = second_DD.double() + ridge.clamp(min=LEAST_RIDGE) * identity_DD
+    factor_DD = torch.linalg.cholesky(regular_DD)
+    whiten_DD = torch.linalg.solve_triangular(factor_DD, identity_DD, upper=False)
+    return Moments(mean_D=mean_D, whiten_DD=whiten_DD.float(), weight_N=weight_N)
 
 
 def fit_surrogates(
@@ -99,13 +99,14 @@ def fit_surrogates(
     centred_ND = (x_ND.float() - moments.mean_D) * weight_N1
     crosses, means = [], []
     for expert in range(num_experts):
-        y_ND = expert_output(x_ND, weights, expert).float()
-        means.append((weight_N1 * y_ND).mean(dim=0))
-        crosses.append(moments.root_inverse_DD @ (centred_ND.T @ y_ND))
+        hidden_NF = expert_hidden(x_ND, weights, expert)
+        down_FD = weights.down_EFD[expert].float()
+        means.append((weight_N1 * hidden_NF).mean(dim=0) @ down_FD)
+        crosses.append(moments.whiten_DD @ (centred_ND.T @ hidden_NF) @ down_FD)
     cross_EDD = torch.stack(crosses)
     gram_DD = torch.einsum("eij,ekj->ik", cross_EDD, cross_EDD)
-    leading_DQ = torch.linalg.eigh(gram_DD.double())[1][:, -min(rank, width) :].float()
-    shared_QD = leading_DQ.T @ moments.root_inverse_DD
+    leading_DQ = leading_eigenvectors(gram_DD, min(rank, width))[1]
+    shared_QD = leading_DQ.T @ moments.whiten_DD
     out_EQD = torch.einsum("dq,edk->eqk", leading_DQ, cross_EDD)
     bias_ED = torch.stack(means) - (shared_QD @ moments.mean_D) @ out_EQD
     return Surrogates(shared_QD=shared_QD, out_EQD=out_EQD, bias_ED=bias_ED)
@@ -118,21 +119,33 @@ def fit_gate(
     surrogates: Surrogates | None,
 ) -> Gate:
     """Ridge regression of ||FFN_e(x) - S_e(x)|| on x (S = 0 without surrogates)."""
+    if surrogates is not None:
+        one_N1 = torch.ones(len(x_ND), 1)
+        low_NQ1 = torch.cat([x_ND.float() @ surrogates.shared_QD.T, one_N1], dim=1)
     gains = []
     for expert in range(weights.gate_EFD.shape[0]):
-        gain_ND = expert_output(x_ND, weights, expert).float()
+        features = [expert_hidden(x_ND, weights, expert)]
+        rows = [weights.down_EFD[expert].float()]
         if surrogates is not None:
-            low_NQ = x_ND.float() @ surrogates.shared_QD.T
-            gain_ND = gain_ND - low_NQ @ surrogates.out_EQD[expert]
-            gain_ND = gain_ND - surrogates.bias_ED[expert]
-        gains.append(gain_ND.norm(dim=1))
+            features.append(low_NQ1)
+            rows += [
+                -surrogates.out_EQD[expert],
+                -surrogates.bias_ED[expert : expert + 1],
+            ]
+        gains.append(_row_norms(torch.cat(features, dim=1), torch.cat(rows)))
     gain_NE = torch.stack(gains, dim=1)
     weight_N1 = moments.weight_N.unsqueeze(1)
     mean_E = (weight_N1 * gain_NE).mean(dim=0)
     centred_ND = (x_ND.float() - moments.mean_D) * weight_N1
-    cross_DE = moments.root_inverse_DD @ (centred_ND.T @ (gain_NE - mean_E))
-    weight_ED = (moments.root_inverse_DD @ cross_DE).T
+    cross_DE = moments.whiten_DD @ (centred_ND.T @ (gain_NE - mean_E))
+    weight_ED = (moments.whiten_DD.T @ cross_DE).T
     return Gate(weight_ED=weight_ED, bias_E=mean_E - weight_ED @ moments.mean_D)
+
+
+def _row_norms(left_NK: Tensor, right_KD: Tensor) -> Tensor:
+    """Norms of the rows of left @ right, through right's K x K Gram matrix."""
+    gram_KK = right_KD @ right_KD.T
+    return ((left_NK @ gram_KK) * left_NK).sum(dim=1).clamp(min=0).sqrt()
 
 
 def average_gate(weights: ExpertWeights) -> Gate:

@@ -23,6 +23,7 @@ from k_means_constrained import KMeansConstrained
 from torch import Tensor
 
 from samv2.common.errors import ModelError
+from samv2.common.threads import one_thread
 
 FEATURES = ("coactivation", "gate", "gate_up_down")
 EMBEDDING_WIDTH = 64
@@ -120,9 +121,20 @@ def coactivation_embedding(hidden_NM: Tensor, down_DM: Tensor) -> Tensor:
     threshold_N1 = strength_NM.topk(active, dim=1).values[:, -1:]
     fires_NM = ((strength_NM >= threshold_N1) & (strength_NM > 0)).float()
     fires_NM = fires_NM / fires_NM.norm(dim=0).clamp(min=1e-8)
-    values, vectors = torch.linalg.eigh(fires_NM.T @ fires_NM)
     width = min(EMBEDDING_WIDTH, num_rows)
-    return vectors[:, -width:] * values[-width:].clamp(min=0).sqrt()
+    values, vectors = leading_eigenvectors(fires_NM.T @ fires_NM, width)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def leading_eigenvectors(matrix_NN: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest eigenvalues of a symmetric matrix, rising, and vectors.
+
+    Returns:
+        (count,) and (N, count) float32.
+    """
+    with one_thread():
+        values, vectors = torch.linalg.eigh(matrix_NN.float())
+    return values[-count:], vectors[:, -count:]
 
 
 def balanced_clusters(
@@ -201,6 +213,7 @@ def cluster_layer(
     num_shared: int,
     feature: str,
     seed: int,
+    starts: int = 3,
 ) -> tuple[np.ndarray, ClusterStats]:
     """Divide one FFN's rows into experts, shared experts first.
 
@@ -215,6 +228,7 @@ def cluster_layer(
             mass; they become experts 0..num_shared-1.
         feature: one of :data:`FEATURES`.
         seed: seed of the clustering.
+        starts: k-means starts; the best is kept.
 
     Returns:
         (M,) int64 row order in which expert e owns rows e M/E .. (e + 1) M/E - 1, and
@@ -245,7 +259,9 @@ def cluster_layer(
     features_MF = row_features(
         feature, gate_MD=gate_MD, up_MD=up_MD, down_DM=down_DM, hidden_NM=hidden_NM
     )[torch.from_numpy(routed)]
-    labels = balanced_clusters(features_MF, num_experts - num_shared, seed=seed)
+    labels = balanced_clusters(
+        features_MF, num_experts - num_shared, seed=seed, starts=starts
+    )
     order = np.concatenate([shared, routed[np.argsort(labels, kind="stable")]])
 
     found = inertia(features_MF, labels)

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from samv2.common.errors import CheckpointError
+from samv2.common.errors import CheckpointError, GraphError
 from samv2.common.files import replace_folder
 from samv2.experts.graph import Edit, ExpertGraph
 from samv2.federated.graph_edits import EdgeMemory
@@ -30,6 +30,16 @@ TENSORS = "state.safetensors"
 FACTS = "state.json"
 MEMORY = ("usage_LEE", "demand_LEE", "below_LEE", "above_LEE", "rest_LEE")
 FOLDER = re.compile(r"round_(\d{4,})")
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    SafetensorError,
+    GraphError,
+)
 
 
 def save_checkpoint(
@@ -122,7 +132,7 @@ def load_checkpoint(
             last_edits=tuple(Edit(**edit) for edit in facts["last_edits"]),
         )
         return state, facts["extra"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}: {error}); remove the folder to "
             "resume from the checkpoint before it"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from samv2.common.config import to_flat
+from samv2.common.config import settings_from_flat
 from samv2.common.errors import ConfigError
 from samv2.common.settings import Settings
 from samv2.data.shards import load_client
@@ -20,6 +22,8 @@ from samv2.federated.client_round import (
     train_round,
 )
 from samv2.federated.grid import reply_to_record, request_from_record
+from samv2.federated.run_folder import RunFolder, run_model
+from samv2.models.save import WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +39,24 @@ class ClientPlace:
     settings: Settings
 
 
-def make_client_app(place: ClientPlace) -> ClientApp:
+def make_client_app(place: ClientPlace | None = None) -> ClientApp:
     """A client app whose clients are named by ``client`` in their node config.
 
-    The model is loaded once a process, at the first message.
+    The model is loaded once a process, at the first message that needs it.
+
+    Args:
+        place: where everything is; None reads it from Flower's contexts, see
+            :func:`place_from_context`.
     """
     app = ClientApp()
 
-    @lru_cache(maxsize=1)
-    def runtime() -> ClientRuntime:
-        return load_runtime(place.model, place.shards, place.states, place.settings)
+    def where(context: Context) -> ClientPlace:
+        return place if place is not None else place_from_context(context)
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
         client = client_index(context)
-        shard = load_client(place.shards, client)
+        shard = load_client(where(context).shards, client)
         metrics = MetricRecord({"client": client, "train-tokens": len(shard.train)})
         facts = ConfigRecord({"domains": ",".join(shard.heldout)})
         content = RecordDict({"metrics": metrics, "facts": facts})
@@ -58,13 +65,15 @@ def make_client_app(place: ClientPlace) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         request = request_from_record(message.content)
-        reply = train_round(runtime(), client_index(context), request)
+        reply = train_round(runtime_at(where(context)), client_index(context), request)
         return Message(reply_to_record(reply), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         request = request_from_record(message.content)
-        scores = evaluate_round(runtime(), client_index(context), request)
+        scores = evaluate_round(
+            runtime_at(where(context)), client_index(context), request
+        )
         metrics = MetricRecord()
         for domain, score in scores.items():
             metrics[f"nll.{domain}"] = score.nll
@@ -72,6 +81,19 @@ def make_client_app(place: ClientPlace) -> ClientApp:
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
     return app
+
+
+def runtime_at(place: ClientPlace) -> ClientRuntime:
+    """The process's runtime; a process serves one run, so one is kept."""
+    weights = place.model / WEIGHTS
+    written = weights.stat().st_mtime_ns if weights.is_file() else 0
+    return _runtime_of(place, written)
+
+
+@lru_cache(maxsize=1)
+def _runtime_of(place: ClientPlace, written: int) -> ClientRuntime:
+    """``written`` tells a model from another that took its folder."""
+    return load_runtime(place.model, place.shards, place.states, place.settings)
 
 
 def client_index(context: Context) -> int:
@@ -91,6 +113,40 @@ def client_index(context: Context) -> int:
     )
 
 
-def run_config_of(settings: Settings) -> dict[str, str | int | float | bool]:
-    """Settings as a Flower run config."""
-    return to_flat(settings)
+def place_from_context(context: Context) -> ClientPlace:
+    """Where a Flower node finds its model, text and state.
+
+    The run directory is ``run-dir`` of the node config, else of the run config.
+
+    Raises:
+        ConfigError: a setting is wrong, or the run directory is not absolute.
+    """
+    settings, root = settings_from_run_config(context.run_config)
+    if "run-dir" in context.node_config:
+        root = Path(str(context.node_config["run-dir"]))
+    run = RunFolder(root=root)
+    return ClientPlace(
+        model=run_model(run, settings),
+        shards=run.shards,
+        states=run.states,
+        settings=settings,
+    )
+
+
+def settings_from_run_config(values: Mapping[str, Any]) -> tuple[Settings, Path]:
+    """Settings and run directory of a Flower run config.
+
+    Raises:
+        ConfigError: unknown or wrong settings, or ``run-dir`` is not an absolute path
+            (Flower runs apps in folders of its own).
+    """
+    root = Path(str(values.get("run-dir", "")))
+    if not root.is_absolute():
+        raise ConfigError(
+            [
+                f"run-dir is {str(root)!r}; give an absolute folder, e.g. "
+                "--run-config 'run-dir=\"/data/run1\"'"
+            ]
+        )
+    settings = {key: value for key, value in values.items() if key != "run-dir"}
+    return settings_from_flat(settings), root

@@ -33,6 +33,14 @@ from samv2.models.save import load_expert_model
 from samv2.updates.packing import Manifest, pack, unpack
 from samv2.updates.sparsify import next_residual, select_blocks, with_residual
 
+_NOT_A_GRAPH = (
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    RuntimeError,  # torch's for a number beyond int64
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRuntime:
@@ -187,6 +195,12 @@ def update_graph(known: ExpertGraph | None, message: GraphMessage) -> ExpertGrap
         )
     if known.version == message.version:
         return known
+    if not message.edits:
+        raise GraphError(
+            f"the server sent no edits, but this client's graph is at version "
+            f"{known.version} and the round's at {message.version}; ask for the full "
+            "graph"
+        )
     return apply_edits(known, message.edits, version=message.version)
 
 
@@ -218,7 +232,7 @@ def unpack_graph(data: bytes, *, version: int) -> ExpertGraph:
             order_LE=order_LE,
             version=version,
         )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except _NOT_A_GRAPH as error:
         raise GraphError(f"the graph that was sent cannot be read: {error}") from None
 
 
@@ -234,14 +248,18 @@ def edits_from_json(text: str) -> tuple[Edit, ...]:
         GraphError: the text is no list of edits.
     """
     try:
-        return tuple(Edit(**item) for item in json.loads(text))
-    except (ValueError, TypeError) as error:
+        edits = tuple(Edit(**item) for item in json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
         raise GraphError(f"the edits that were sent cannot be read: {error}") from None
+    for edit in edits:
+        if not all(type(value) is int for value in (edit.layer, edit.src, edit.dst)):
+            raise GraphError(f"the edits that were sent name no edge: {edit}")
+    return edits
 
 
 def round_seed(seed: int, round: int, client: int) -> int:
-    """A seed for one client's round; the same run repeats it."""
-    return (seed * 1_000_003 + round) * 1_000_003 + client * 2
+    """A seed for one client's round, below 2^63; the same run repeats it."""
+    return ((seed * 1_000_003 + round) * 1_000_003 + client * 2) % 2**63
 
 
 def _load_round(

@@ -15,12 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from samv2.common.errors import CheckpointError
+from samv2.common.errors import CheckpointError, GraphError
 from samv2.common.files import write_bytes
 from samv2.experts.graph import ExpertGraph
 
 KEEP = 3
 FILE = re.compile(r"round_(\d{4,})\.safetensors")
+_DAMAGE = (OSError, SafetensorError, KeyError, ValueError, IndexError, GraphError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +48,20 @@ def load_client_state(folder: Path, *, before_round: int) -> ClientState:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             version = int((file.metadata() or {})["graph_version"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        graph = None
+        if version >= 0:
+            graph = ExpertGraph(
+                edge_mask_LEE=tensors.pop("edge_mask_LEE"),
+                order_LE=tensors.pop("order_LE"),
+                version=version,
+            )
+        residual = {int(name): tensor for name, tensor in tensors.items()}
+    except _DAMAGE as error:
         raise CheckpointError(
             f"the client state {path} is damaged ({error}); remove it: the client then "
             "forgets its residual and asks for the full graph"
         ) from None
-    graph = None
-    if version >= 0:
-        graph = ExpertGraph(
-            edge_mask_LEE=tensors.pop("edge_mask_LEE"),
-            order_LE=tensors.pop("order_LE"),
-            version=version,
-        )
-    return ClientState(
-        residual={int(name): tensor for name, tensor in tensors.items()}, graph=graph
-    )
+    return ClientState(residual=residual, graph=graph)
 
 
 def save_client_state(folder: Path, state: ClientState, *, round: int) -> None:

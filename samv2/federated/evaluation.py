@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,17 @@ from rich.console import Console
 from torch import Tensor
 
 from samv2.common.config import load_settings
-from samv2.common.errors import CheckpointError, DataError, ModelError
+from samv2.common.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+)
 from samv2.common.settings import Settings
 from samv2.data.shards import load_federated_text
 from samv2.data.sources import parse_domain
 from samv2.data.tokens import tokenize_documents, windows
 from samv2.data.user_text import read_user_text
-from samv2.experts.moe_layers import WalkOptions
 from samv2.federated.prepare import DTYPES, make_corpus
 from samv2.federated.run_folder import (
     RunFolder,
@@ -25,7 +28,7 @@ from samv2.federated.run_folder import (
     load_model_or_run,
     stored_settings,
 )
-from samv2.models.expert_model import ExpertModel
+from samv2.federated.run_logs import perplexities
 from samv2.models.llama_loader import load_llama
 from samv2.models.perplexity import Score, score_windows
 from samv2.models.save import is_expert_model
@@ -64,32 +67,44 @@ def evaluate(
     """
     folder = Path(target)
     run = RunFolder(root=folder) if is_run(folder) else None
+    if run and (config or overrides):
+        raise ConfigError(
+            [
+                f"{target} is a run and is scored with its own settings; leave out "
+                "--config and --set (--text, --experts and --windows may be given)"
+            ]
+        )
     settings = stored_settings(folder) if run else load_settings(config, overrides)
+    limit = settings.federation.eval_windows if eval_windows is None else eval_windows
+    if limit < 1:
+        raise ConfigError([f"--windows is {limit}; give 1 or more"])
+    own = read_own_texts(texts)
     models: dict[str, Any] = {}
     if run or is_expert_model(folder):
         expert, tokenizer, name = load_model_or_run(folder)
         if run:
             expert.set_experts_per_token(settings.experts.experts_per_token)
+        if experts_per_token is not None:
+            expert.set_experts_per_token(experts_per_token)
         if run and not is_expert_model(Path(settings.model.path)):
             models["dense model"] = _dense(settings, console).model
         models["expert graph"] = expert
+    elif experts_per_token is not None:
+        raise ModelError(
+            f"--experts is {experts_per_token}, but {target} has no experts; leave it "
+            "out, or name a run or a bootstrapped folder"
+        )
     else:
         loaded = _dense(
             load_settings(config, [*overrides, f"model.path={target}"]), console
         )
         models["dense model"], tokenizer, name = loaded.model, loaded.tokenizer, target
-    if experts_per_token is not None and "expert graph" not in models:
-        raise ModelError(
-            f"--experts is {experts_per_token}, but {target} has no experts"
-        )
-    limit = eval_windows or settings.federation.eval_windows
-    held = _heldout(run, settings, texts, tokenizer, limit, console)
-    options = WalkOptions(experts_per_token=experts_per_token)
+    held = _heldout(run, settings, own, tokenizer, limit, console)
     return {
         "name": name,
         "domains": list(held),
         "models": {
-            label: _score(model, held, options) for label, model in models.items()
+            label: perplexities(_score(model, held)) for label, model in models.items()
         },
         "windows": limit,
         "sequence_length": settings.train.sequence_length,
@@ -102,34 +117,50 @@ def _dense(settings: Settings, console: Console) -> Any:
     )
 
 
-def _score(model: Any, held: Held, options: WalkOptions) -> dict[str, float | None]:
-    chosen = options if isinstance(model, ExpertModel) else None
+def _score(model: Any, held: Held) -> dict[str, Score]:
     found = {}
     for name, parts in held.items():
-        score = Score(nll=0.0, tokens=0)
+        found[name] = Score(nll=0.0, tokens=0)
         for windows_NS in parts:
-            score = score + score_windows(model, windows_NS, walk_options=chosen)
-        value = score.perplexity
-        found[name] = value if math.isfinite(value) else None
+            found[name] = found[name] + score_windows(model, windows_NS)
     return found
+
+
+def read_own_texts(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Documents of every ``NAME=FILE``.
+
+    Raises:
+        DataError: not of that form, a name given twice, or a file without text.
+    """
+    own: dict[str, list[str]] = {}
+    for item in texts:
+        name, path = parse_domain(item)
+        if path is None:
+            raise DataError(f"--text is {item!r}; write NAME=FILE")
+        if name in own:
+            raise DataError(f"--text names {name!r} twice; give each its own name")
+        own[name] = read_user_text(path)
+    return own
 
 
 def _heldout(
     run: RunFolder | None,
     settings: Settings,
-    texts: Sequence[str],
+    own: Mapping[str, Sequence[str]],
     tokenizer: Any,
     limit: int,
     console: Console,
 ) -> Held:
     length = settings.train.sequence_length
     held: Held = {}
-    if texts:
-        for item in texts:
-            name, path = parse_domain(item)
-            if path is None:
-                raise DataError(f"--text is {item!r}; write NAME=FILE")
-            stream = tokenize_documents(tokenizer, read_user_text(path))
+    if own:
+        for name, documents in own.items():
+            stream = tokenize_documents(tokenizer, documents)
+            if len(stream) < length:
+                raise DataError(
+                    f"--text {name} has {len(stream)} tokens, fewer than one window of "
+                    f"{length}; give more text"
+                )
             held[name] = [windows(stream, length, limit)]
         return held
     if run is not None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 
-from samv2.common.errors import CheckpointError
 from samv2.common.fetch import cache_dir
 from samv2.common.files import write_bytes, write_json
 from samv2.common.settings import Settings
@@ -18,6 +17,7 @@ from samv2.data.tokens import tokenize_documents, windows
 from samv2.experts.emoe_cluster import format_stats
 from samv2.experts.moe_layers import WalkOptions
 from samv2.federated.prepare import DTYPES, calibration_windows, make_corpus
+from samv2.federated.run_folder import check_output
 from samv2.models.bootstrap import bootstrap, check_convertible
 from samv2.models.llama_loader import load_llama
 from samv2.models.perplexity import score_windows
@@ -32,20 +32,17 @@ def bootstrap_with_frontier(
     Args:
         settings: sections ``model``, ``experts``, ``data`` and ``train`` are used.
         output: folder to write; also gets ``frontier.json`` and ``cluster_stats.txt``.
-        overwrite: replace an existing folder.
+        overwrite: replace an expert graph there.
         console: where progress is shown.
 
     Returns:
         The frontier: one object per K, by rising K.
 
     Raises:
-        CheckpointError: ``output`` exists.
+        CheckpointError: ``output`` exists and may not be replaced.
         SamError: a setting, the model or the text does not fit.
     """
-    if output.exists() and not overwrite:
-        raise CheckpointError(
-            f"{output} exists; choose another --output, or give --overwrite"
-        )
+    check_output(output, overwrite=overwrite, expert=True)
     loaded = load_llama(
         settings.model.path, dtype=DTYPES[settings.model.dtype], progress=console.print
     )

@@ -93,7 +93,9 @@ def decide_edits(
         edge = (edit.layer, edit.src, edit.dst)
         mask_LEE[edge] = edit.kind == "promote"
         shared_E = graph.order_LE[edit.layer] < num_shared
-        if not _enough_reachable(mask_LEE[edit.layer], shared_E, experts_per_token):
+        if edit.kind == "prune" and not _enough_reachable(
+            mask_LEE[edit.layer], shared_E, experts_per_token
+        ):
             mask_LEE[edge] = True
             continue
         edits.append(edit)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -34,6 +35,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from samv2.common.errors import FederationError, FrameError
+from samv2.common.threads import one_thread
 from samv2.federated.client_round import (
     GraphMessage,
     RoundRequest,
@@ -116,14 +118,23 @@ def reply_from_record(record: RecordDict) -> TrainReply:
             graph_version=_whole(metrics["graph-version"]),
             examples=_whole(metrics["examples"]),
             tokens=_whole(metrics["tokens"]),
-            train_loss=float(metrics["train-loss"]),
-            seconds=float(metrics["seconds"]),
+            train_loss=_real(metrics["train-loss"]),
+            seconds=_real(metrics["seconds"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FrameError(
             "reply_shape",
             f"the reply is not of the agreed shape ({type(error).__name__}: {error})",
         ) from None
+
+
+def message_to(
+    grid: Grid, node: int, content: RecordDict, message_type: str, group: str
+) -> Message:
+    """A message from the server to a node, on whichever grid runs."""
+    if isinstance(grid, EmbeddedGrid):
+        return grid.create_message(content, message_type, node, group)
+    return Message(content, node, message_type, group_id=group)
 
 
 def _array(data: bytes, stype: str) -> Array:
@@ -133,13 +144,21 @@ def _array(data: bytes, stype: str) -> Array:
 def _bytes(array: Array, stype: str) -> bytes:
     if array.stype != stype:
         raise ValueError(f"an array has stype {array.stype!r}, expected {stype!r}")
-    return array.data
+    return bytes(array.data)
 
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is not a whole number")
+        raise TypeError(f"a {type(value).__name__} is not a whole number")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("a whole number is beyond 64 bits")
     return value
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, float):
+        return value
+    return float(_whole(value))
 
 
 class EmbeddedGrid(Grid):
@@ -250,7 +269,7 @@ class EmbeddedGrid(Grid):
     def _here(self, message: Message) -> Message:
         if self._app is None:
             self._app = self._make_app()
-        with _one_thread():
+        with one_thread():
             return _answer(self._app, message, self._context(message))
 
     def _context(self, message: Message) -> Context:
@@ -301,9 +320,10 @@ class _Worker:
     def send(self, message: Message, context: Context) -> None:
         try:
             self.connection.send((message, context))
-        except (BrokenPipeError, OSError):
+        except OSError:
             self.restart()
-            self.connection.send((message, context))
+            with suppress(OSError):  # a second death shows when the reply is received
+                self.connection.send((message, context))
 
     def receive(self, message: Message) -> Message:
         try:
@@ -329,7 +349,8 @@ class _Worker:
 
 
 def _serve(make_app: Callable[[], ClientApp], connection: Connection) -> None:
-    """A worker's main loop."""
+    """A worker's main loop; an interrupt is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     app = make_app()
@@ -359,14 +380,3 @@ def _answer(app: ClientApp, message: Message, context: Context) -> Message:
 
 def _failed(message: Message, reason: str) -> Message:
     return Message(Error(CLIENT_FAILED, reason), reply_to=message)
-
-
-@contextmanager
-def _one_thread() -> Iterable[None]:
-    """Torch on one thread, as in a worker, so that the bits are the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

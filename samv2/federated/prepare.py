@@ -33,7 +33,11 @@ from samv2.data.shards import (
 from samv2.data.tokens import windows
 from samv2.experts.emoe_cluster import format_stats
 from samv2.federated.run_folder import RunFolder, run_model
-from samv2.federated.run_logs import write_call_trace, write_mask_debug
+from samv2.federated.run_logs import (
+    perplexities,
+    write_call_trace,
+    write_mask_debug,
+)
 from samv2.models.bootstrap import bootstrap, check_convertible
 from samv2.models.llama_loader import LoadedModel, load_llama
 from samv2.models.perplexity import Score, score_windows
@@ -55,7 +59,7 @@ class Prepared:
     model_name: str
     fingerprint: str
     """Of the bootstrapped model."""
-    dense_perplexity: dict[str, float]
+    dense_perplexity: dict[str, float | None]
     """By domain; empty where a bootstrapped folder was given."""
     flops_fraction: float
     model_width: int
@@ -113,16 +117,24 @@ def make_text(
     console: Console,
 ) -> FederatedText:
     """Corpus to client shards, saved in the run directory."""
+    length = settings.train.sequence_length
     text = build_federated_text(
         make_corpus(settings, console),
         tokenizer,
         num_clients=settings.federation.clients,
         split=settings.data.split,
         alpha=settings.data.alpha,
-        min_train_tokens=settings.train.sequence_length,
-        heldout_window=settings.train.sequence_length,
+        min_train_tokens=length,
+        heldout_window=length,
         seed=settings.seed,
     )
+    pieces = [stream for client in text.clients for stream in client.heldout.values()]
+    if all(len(stream) < length for stream in pieces):
+        raise DataError(
+            f"no domain has {length} tokens of held-out text (the longest has "
+            f"{max(map(len, pieces), default=0)}); raise data.heldout_bytes or lower "
+            "train.sequence_length"
+        )
     save_federated_text(text, run.shards)
     return text
 
@@ -174,10 +186,15 @@ def _from_dense(run: RunFolder, settings: Settings, console: Console) -> Prepare
     clock.lap("load")
     text = make_text(run, loaded.tokenizer, settings, console)
     _say_text(text, console)
+    calibration = calibration_windows(
+        text.calibration,
+        settings.experts.calibration_tokens,
+        settings.train.sequence_length,
+    )
     clock.lap("data")
     dense = score_heldout(loaded.model, text, settings)
     clock.lap("dense_evaluation")
-    _bootstrap(run, loaded, text, settings, console)
+    _bootstrap(run, loaded, calibration, settings, console)
     clock.lap("bootstrap")
     return _prepared(run, loaded.name, text, settings, dense, clock)
 
@@ -185,25 +202,21 @@ def _from_dense(run: RunFolder, settings: Settings, console: Console) -> Prepare
 def _bootstrap(
     run: RunFolder,
     loaded: LoadedModel,
-    text: FederatedText,
+    calibration_NS: Tensor,
     settings: Settings,
     console: Console,
 ) -> None:
     """Convert the model and save it with its statistics."""
-    experts = settings.experts
-    calibration = calibration_windows(
-        text.calibration, experts.calibration_tokens, settings.train.sequence_length
-    )
     with progress_bar(console, "Turning FFNs into experts (layers)", 1) as advance:
         made = bootstrap(
             loaded.model,
-            calibration,
+            calibration_NS,
             settings,
             fingerprint=loaded.fingerprint,
             progress=advance,
         )
     save_expert_model(made.model, loaded.tokenizer, run.model)
-    stats = format_stats(made.cluster_stats, feature=experts.feature)
+    stats = format_stats(made.cluster_stats, feature=settings.experts.feature)
     write_bytes(run.root / "cluster_stats.txt", stats.encode())
 
 
@@ -252,7 +265,7 @@ def _prepared(
     return Prepared(
         model_name=name,
         fingerprint=expert_fingerprint(model),
-        dense_perplexity={key: score.perplexity for key, score in dense.items()},
+        dense_perplexity=perplexities(dense),
         flops_fraction=model.flops_fraction(settings.experts.experts_per_token),
         model_width=model.config.hidden_size,
         ffn_width=model.config.intermediate_size,

@@ -25,6 +25,7 @@ class RoundTable:
         self._console = console
         self._rounds = rounds
         self._table: Table | None = None
+        self._domains: list[str] = []
         self._live = Live(console=console, auto_refresh=False)
         self._terminal = console.is_terminal
 
@@ -37,7 +38,7 @@ class RoundTable:
         if self._terminal:
             self._live.stop()
 
-    def start(self, perplexity: Mapping[str, float]) -> None:
+    def start(self, perplexity: Mapping[str, float | None]) -> None:
         """Show the held-out perplexities before the first round."""
         if self._table is None:
             self._add("start", perplexity, ["", "", "", "", ""])
@@ -54,11 +55,12 @@ class RoundTable:
         self._add(f"{row['round']}/{self._rounds}", row["perplexity"], cells)
 
     def _add(
-        self, name: str, perplexity: Mapping[str, float], cells: list[str]
+        self, name: str, perplexity: Mapping[str, float | None], cells: list[str]
     ) -> None:
         if self._table is None:
-            self._table = _empty(list(perplexity))
-        shown = [_number(value) for value in perplexity.values()]
+            self._domains = list(perplexity)
+            self._table = _empty(self._domains)
+        shown = [_number(perplexity.get(domain)) for domain in self._domains]
         self._table.add_row(name, *shown, *cells)
         if self._terminal:
             self._live.update(self._table, refresh=True)
@@ -83,5 +85,5 @@ def _empty(domains: list[str]) -> Table:
 
 def _number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
-        return "inf"
+        return "-"
     return f"{value:.2f}" if value < 1000 else f"{value:.3g}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from samv2.common.config import load_settings, to_flat, to_toml
-from samv2.common.errors import CheckpointError
+from samv2.common.errors import CheckpointError, ConfigError
 from samv2.common.files import write_bytes
 from samv2.common.settings import Settings
 from samv2.federated.checkpoint import latest_checkpoint, load_checkpoint
@@ -34,6 +36,7 @@ _OWN_FILES = (
     "pack_sizes.txt",
     "frontier.json",
 )
+_MERGE = re.compile(r"merge_round\d+\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,9 @@ def open_run(
 ) -> RunFolder:
     """Take a run directory, and write its ``config.toml``.
 
+    A run that was not prepared to the end holds nothing to lose: its directory is taken
+    as if it were new.
+
     Args:
         root: the directory.
         settings: of the run.
@@ -90,22 +96,30 @@ def open_run(
         overwrite: remove what is there.
 
     Raises:
-        CheckpointError: the directory is used and neither flag is given, both are, or a
-            resumed run's settings differ in what may not change.
+        CheckpointError: the directory is used and neither flag is given, both are,
+            there is nothing to resume, or a resumed run's settings differ in what may
+            not change.
     """
     run = RunFolder(root=Path(root))
     if resume and overwrite:
         raise CheckpointError("--resume and --overwrite exclude each other; give one")
-    used = run.config.exists()
-    if used and overwrite:
-        _clear(run)
-    elif used and resume:
+    if resume and not run.config.exists():
+        raise CheckpointError(
+            f"{run.root} holds no run to resume (no config.toml); check --log-dir, or "
+            "leave out --resume to start one"
+        )
+    if run.config.exists():
+        _refuse_foreign(run)
+    used = run.config.exists() and _has_results(run)
+    if used and resume:
         _check_same(run, settings)
-    elif used:
+    elif used and not overwrite:
         raise CheckpointError(
             f"{run.root} already holds a run; continue it with --resume, replace it "
             "with --overwrite, or choose another --log-dir"
         )
+    elif used:
+        _clear(run)
     run.root.mkdir(parents=True, exist_ok=True)
     write_bytes(run.config, to_toml(settings).encode())
     return run
@@ -170,17 +184,70 @@ def run_model(run: RunFolder, settings: Settings) -> Path:
     return given if is_expert_model(given) else run.model
 
 
+def check_output(folder: Path, *, overwrite: bool, expert: bool) -> None:
+    """Refuse to write a model where something else would be lost.
+
+    Args:
+        folder: where the model shall be written.
+        overwrite: whether a model there may be replaced.
+        expert: whether an expert graph may be (else a plain model).
+
+    Raises:
+        CheckpointError: the folder exists and may not be replaced, or holds other
+            things than such a model.
+    """
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{folder} exists; choose another --output, or give --overwrite"
+        )
+    kind = "an expert graph" if expert else "a plain model"
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if not empty and not (is_expert_model(folder) if expert else _is_plain(folder)):
+        raise CheckpointError(
+            f"{folder} holds other things than {kind}, so --overwrite does not replace "
+            "it; choose another --output"
+        )
+
+
+def _is_plain(folder: Path) -> bool:
+    if is_expert_model(folder):
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
+
+
+def _has_results(run: RunFolder) -> bool:
+    return run.prepared.exists() or latest_checkpoint(run.checkpoints) is not None
+
+
+def _refuse_foreign(run: RunFolder) -> None:
+    """A ``config.toml`` of something else stays as it is."""
+    try:
+        load_settings(run.config)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{run.config} is not the config of a run of this version; choose another "
+            f"--log-dir ({error})"
+        ) from None
+
+
 def _clear(run: RunFolder) -> None:
     """Remove a run's own files, and nothing else that may lie in the directory."""
+    run.prepared.unlink(missing_ok=True)
     for path in list(run.root.iterdir()):
-        if path.name == ".gitkeep":
-            continue
-        if path.is_dir() and path.name in _OWN_FOLDERS:
+        if path.name in _OWN_FOLDERS and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.is_file() and (
-            path.name in _OWN_FILES or path.name.startswith("merge_round")
-        ):
+        elif (
+            path.name in (*_OWN_FOLDERS, *_OWN_FILES) or _MERGE.fullmatch(path.name)
+        ) and not path.is_dir():
             path.unlink()
+        elif path.name in _OWN_FOLDERS:
+            path.unlink()  # a link to a folder elsewhere
 
 
 def _check_same(run: RunFolder, settings: Settings) -> None:

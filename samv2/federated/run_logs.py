@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from samv2.experts.moe_layers import WalkOptions
 from samv2.federated.server_merge import MergeReport
 from samv2.federated.strategy import RoundReport
 from samv2.models.expert_model import ExpertModel
+from samv2.models.perplexity import Score
 from samv2.updates.packing import Manifest, inspect
 from samv2.updates.sparsify import VALUE_BITS
 from samv2_kernels import Walk
@@ -53,16 +55,22 @@ def metrics_row(report: RoundReport) -> dict[str, Any]:
         "clients": len(replies),
         "refused": len(report.merge.refusals),
         "train_loss": loss,
-        "perplexity": {name: s.perplexity for name, s in report.scores.items()},
+        "perplexity": perplexities(report.scores),
         "bytes_up": sum(reply.bytes_up for reply in replies),
         "bytes_up_per_client": max((reply.bytes_up for reply in replies), default=0),
-        "bytes_down": report.bytes_down * (len(replies) + len(report.merge.refusals)),
+        "bytes_down": report.bytes_down_all,
         "bytes_down_per_client": report.bytes_down,
         "edits": len(report.merge.edits),
         "experts_updated": len(report.merge.contributors),
         "graph_version": report.merge.graph_version,
         "seconds": report.seconds,
     }
+
+
+def perplexities(scores: Mapping[str, Score]) -> dict[str, float | None]:
+    """Perplexity by domain; None where it is beyond what a float holds."""
+    found = {name: score.perplexity for name, score in scores.items()}
+    return {key: x if math.isfinite(x) else None for key, x in found.items()}
 
 
 def append_pack_sizes(root: Path, report: MergeReport, manifest: Manifest) -> None:
@@ -203,9 +211,9 @@ def fedit_bytes(
 def build_summary(
     *,
     model: str,
-    dense: Mapping[str, float],
-    start: Mapping[str, float],
-    final: Mapping[str, float],
+    dense: Mapping[str, float | None],
+    start: Mapping[str, float | None],
+    final: Mapping[str, float | None],
     flops_fraction: float,
     rows: Sequence[Mapping[str, Any]],
     fedit: int,
@@ -213,12 +221,13 @@ def build_summary(
     seconds: Mapping[str, float],
     heterogeneity: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The content of ``summary.json``."""
+    """The content of ``summary.json``; a perplexity that is not known is null."""
+    parts = {"dense": dense, "start": start, "final": final}
     return {
         "model": model,
         "domains": {
-            name: {"dense": dense[name], "start": start[name], "final": final[name]}
-            for name in final
+            name: {part: values.get(name) for part, values in parts.items()}
+            for name in sorted(start.keys() | final.keys())
         },
         "ffn_flops_fraction": flops_fraction,
         "experts": {
@@ -226,9 +235,11 @@ def build_summary(
             "experts_per_token": settings.experts.experts_per_token,
             "layers": settings.experts.layers,
         },
-        "bytes_up_per_client_round": max(row["bytes_up_per_client"] for row in rows),
+        "bytes_up_per_client_round": max(
+            (row["bytes_up_per_client"] for row in rows), default=0
+        ),
         "bytes_down_per_client_round": max(
-            row["bytes_down_per_client"] for row in rows
+            (row["bytes_down_per_client"] for row in rows), default=0
         ),
         "fedit_bytes_per_client_round": fedit,
         "rounds": len(rows),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,11 @@ from samv2.federated.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from samv2.federated.client_app import ClientPlace, make_client_app
+from samv2.federated.client_app import (
+    ClientPlace,
+    make_client_app,
+    settings_from_run_config,
+)
 from samv2.federated.grid import EmbeddedGrid
 from samv2.federated.prepare import Prepared, prepare
 from samv2.federated.round_table import RoundTable
@@ -37,6 +42,7 @@ from samv2.federated.run_logs import (
     build_summary,
     fedit_bytes,
     metrics_row,
+    perplexities,
     write_merge,
 )
 from samv2.federated.server_merge import ServerState, initial_state
@@ -99,10 +105,10 @@ def federate(
     """Run the rounds that are left on a grid, log each, and write the summary."""
     begin = time.perf_counter()
     state, manifest, start_scores, spent = _restore(run, settings, prepared)
-    metrics = MetricsLog(run.root, keep_rounds=state.round)
     facts: dict[str, Any] = {"start": start_scores, "seconds": spent}
     rounds = settings.federation.rounds
-    with RoundTable(console, rounds) as table:
+    log = MetricsLog(run.root, keep_rounds=state.round)
+    with closing(log) as metrics, RoundTable(console, rounds) as table:
         if start_scores is not None:
             table.start(start_scores)
         for row in read_metrics(run.root):
@@ -118,7 +124,7 @@ def federate(
             )
 
         def on_start(scores: dict[str, Score]) -> None:
-            facts["start"] = {k: score.perplexity for k, score in scores.items()}
+            facts["start"] = perplexities(scores)
             checkpoint(state)
             table.start(facts["start"])
 
@@ -138,7 +144,6 @@ def federate(
             on_round=on_round,
         )
         strategy.start(grid)
-    metrics.close()
     return _summarise(
         run,
         settings,
@@ -148,22 +153,18 @@ def federate(
     )
 
 
-def make_server_app(
-    settings_of: Callable[[Mapping[str, Any]], tuple[Settings, Path]],
-) -> ServerApp:
-    """A Flower server app.
+def make_server_app() -> ServerApp:
+    """A Flower server app; settings and ``run-dir`` come with Flower's run config.
 
-    Args:
-        settings_of: reads settings and run directory from Flower's run config. The
-            directory must have been prepared where the server runs.
+    A run directory that holds an earlier start of the run is continued.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        settings, root = settings_of(context.run_config)
+        settings, root = settings_from_run_config(context.run_config)
         console = Console(highlight=False, width=100)
-        resume = (root / "config.toml").exists()
+        resume = RunFolder(root=root).config.exists()
         run = open_run(root, settings, resume=resume, overwrite=False)
         prepared = prepare(run, settings, console)
         federate(run, settings, prepared, grid, console)
@@ -173,7 +174,7 @@ def make_server_app(
 
 def _restore(
     run: RunFolder, settings: Settings, prepared: Prepared
-) -> tuple[ServerState, Manifest, dict[str, float] | None, dict[str, float]]:
+) -> tuple[ServerState, Manifest, dict[str, float | None] | None, dict[str, float]]:
     """State, manifest, starting perplexities and seconds spent so far."""
     model, _ = load_expert_model(run_model(run, settings))
     blocks = model.read_blocks()
@@ -193,15 +194,14 @@ def _summarise(
     run: RunFolder,
     settings: Settings,
     prepared: Prepared,
-    start: dict[str, float],
+    start: dict[str, float | None],
     spent: Mapping[str, float],
 ) -> dict[str, Any]:
     rows = read_metrics(run.root)
     final = rows[-1]["perplexity"] if rows else start
-    dense = prepared.dense_perplexity
     summary = build_summary(
         model=prepared.model_name,
-        dense={name: dense.get(name) for name in final},
+        dense=prepared.dense_perplexity,
         start=start,
         final=final,
         flops_fraction=prepared.flops_fraction,

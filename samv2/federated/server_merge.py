@@ -191,7 +191,9 @@ def server_merge(
         contributors=averaged.contributors,
         counts=counts,
         replies=tuple(ordered),
-        refusals=tuple(sorted(refusals, key=lambda item: item.client)),
+        refusals=tuple(
+            sorted(refusals, key=lambda item: (item.client, item.reason, item.detail))
+        ),
         graph_version=graph.version,
     )
     return merged, report

@@ -6,9 +6,8 @@ message API is used.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,8 +24,18 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from samv2.common.errors import FederationError, FrameError
 from samv2.common.settings import Settings
-from samv2.federated.client_round import GraphMessage, RoundRequest, pack_graph
-from samv2.federated.grid import reply_from_record, request_to_record
+from samv2.data.sources import parse_domain
+from samv2.federated.client_round import (
+    GraphMessage,
+    RoundRequest,
+    edits_to_json,
+    pack_graph,
+)
+from samv2.federated.grid import (
+    message_to,
+    reply_from_record,
+    request_to_record,
+)
 from samv2.federated.server_merge import (
     MergeReport,
     Refusal,
@@ -35,11 +44,13 @@ from samv2.federated.server_merge import (
     broadcast_frame,
     server_merge,
 )
-from samv2.federated.validate import validate_reply
+from samv2.federated.validate import LARGEST_LOSS, validate_reply
 from samv2.models.perplexity import Score
 from samv2.updates.packing import Manifest
 
 ENROL_SECONDS = 120.0
+LONGEST_DETAIL = 2000
+"""Characters of a client's error that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +62,8 @@ class RoundReport:
     """Held-out score by domain, summed over clients."""
     bytes_down: int
     """Payload bytes sent to one client for training, the largest of the round."""
+    bytes_down_all: int
+    """The same of all clients asked; of the second try where there were two."""
     seconds: dict[str, float]
     """Wall time by phase: train, merge, evaluate."""
 
@@ -62,6 +75,7 @@ class _Round:
     nodes: dict[int, int] = field(default_factory=dict)
     """{node id: client} of the clients asked."""
     bytes_down: int = 0
+    bytes_down_all: int = 0
 
 
 class TooFewReplies(FederationError):
@@ -169,6 +183,7 @@ class SamStrategy(Strategy):
                 merge=self._merge,
                 scores=scores,
                 bytes_down=self._current.bytes_down,
+                bytes_down_all=self._current.bytes_down_all,
                 seconds=seconds,
             )
             self._on_round(self.state, report)
@@ -194,13 +209,15 @@ class SamStrategy(Strategy):
                 )
             time.sleep(0.5)
         messages = [
-            grid.create_message(RecordDict(), MessageType.QUERY, node, "enrol")
+            message_to(grid, node, RecordDict(), MessageType.QUERY, "enrol")
             for node in nodes
         ]
         clients: dict[int, int] = {}
+        failures: list[str] = []
         for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
             client = _client_of(reply)
             if client is None:
+                failures.append(_first_line(reply))
                 continue
             if client in clients.values():
                 raise FederationError(
@@ -210,9 +227,10 @@ class SamStrategy(Strategy):
         missing = sorted(set(range(wanted)) - set(clients.values()))
         if missing:
             raise FederationError(
-                f"clients {missing} did not answer; is their shard in the data folder?"
+                f"clients {missing} are not there ({'; '.join(failures) or 'no answer'}); "
+                "check that each node has its own partition-id and its shard"
             )
-        self._clients = {n: c for n, c in sorted(clients.items()) if c < wanted}
+        self._clients = {n: c for n, c in sorted(clients.items()) if 0 <= c < wanted}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -228,13 +246,15 @@ class SamStrategy(Strategy):
                 parameters=parameters,
                 temperature=self._temperature(server_round),
             )
-            size = len(parameters) + len(request.graph.full or b"")
+            size = request_bytes(request)
             self._current.bytes_down = max(self._current.bytes_down, size)
+            self._current.bytes_down_all += size
             messages.append(
-                grid.create_message(
+                message_to(
+                    grid,
+                    node,
                     request_to_record(request),
                     MessageType.TRAIN,
-                    node,
                     str(server_round),
                 )
             )
@@ -252,6 +272,9 @@ class SamStrategy(Strategy):
         valid, refusals = self._sort_replies(replies)
         needed = self.settings.federation.min_replies
         if len(valid) < needed:
+            # Clients read the state before this round again when it is tried again.
+            for node in self._current.nodes:
+                self._known_version.pop(node, None)
             raise TooFewReplies(server_round, len(valid), needed, refusals)
         self.state, self._merge = server_merge(
             self.state, valid, refusals, self.manifest, self.settings
@@ -268,11 +291,12 @@ class SamStrategy(Strategy):
             parameters=broadcast_frame(self.state, self.manifest),
         )
         return [
-            grid.create_message(
+            message_to(
+                grid,
+                node,
                 request_to_record(request),
                 MessageType.EVALUATE,
-                node,
-                f"{server_round}",
+                str(server_round),
             )
             for node in self._clients
         ]
@@ -280,8 +304,21 @@ class SamStrategy(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord:
-        """Perplexity by domain; replies that are not of the agreed shape are left out."""
-        self._scores = _sum_scores(replies)
+        """Perplexity by domain; what is not believable in a reply is left out.
+
+        A score counts for a domain of the settings, with as many tokens as the windows
+        hold at most, once for every node that was asked.
+        """
+        federation, length = (
+            self.settings.federation,
+            self.settings.train.sequence_length,
+        )
+        self._scores = sum_scores(
+            replies,
+            nodes=set(self._clients),
+            domains={parse_domain(spec)[0] for spec in self.settings.data.domains},
+            most_tokens=federation.eval_windows * (length - 1),
+        )
         return MetricRecord(
             {name: score.perplexity for name, score in self._scores.items()}
         )
@@ -329,6 +366,12 @@ class SamStrategy(Strategy):
         for message in replies:
             node = message.metadata.src_node_id
             client = silent.pop(node, None)
+            if client is None and node in self._current.nodes:
+                detail = "this client had already replied; its first reply counts"
+                refusals.append(
+                    _refusal(self._current.nodes[node], "duplicate", detail)
+                )
+                continue
             if client is None:
                 refusals.append(_refusal(-1, "unasked", f"node {node} was not asked"))
                 continue
@@ -343,7 +386,8 @@ class SamStrategy(Strategy):
                     reply, client, self.state, self.manifest, self.settings
                 )
             except FrameError as error:
-                refusals.append(_refusal(client, error.reason, str(error)))
+                detail = str(error).removesuffix(f" [{error.reason}]")
+                refusals.append(_refusal(client, error.reason, detail))
                 continue
             self._known_version[node] = reply.graph_version
             valid.append(checked)
@@ -354,7 +398,16 @@ class SamStrategy(Strategy):
 
 
 def _refusal(client: int, reason: str, detail: str) -> Refusal:
-    return Refusal(client=client, reason=reason, detail=detail)
+    """A refusal whose text cannot flood a log or steer a terminal."""
+    shown = detail[:LONGEST_DETAIL].strip() or "no detail"
+    clean = "".join(c if c.isprintable() or c == "\n" else "?" for c in shown)
+    return Refusal(client=client, reason=reason, detail=clean)
+
+
+def _first_line(reply: Message) -> str:
+    if not reply.has_error():
+        return f"node {reply.metadata.src_node_id} names no client"
+    return _refusal(-1, "client_error", reply.error.reason or "").detail.splitlines()[0]
 
 
 def _client_of(reply: Message) -> int | None:
@@ -362,30 +415,60 @@ def _client_of(reply: Message) -> int | None:
     if reply.has_error() or "metrics" not in reply.content:
         return None
     client = reply.content["metrics"].get("client")
-    return client if isinstance(client, int) else None
+    return client if type(client) is int else None
 
 
-def _sum_scores(replies: Iterable[Message]) -> dict[str, Score]:
-    """Scores by domain, summed in node order so that the bits repeat."""
+def request_bytes(request: RoundRequest) -> int:
+    """Payload bytes of a request: parameters, graph or edits, three numbers."""
+    graph = request.graph
+    return (
+        len(request.parameters)
+        + len(graph.full or b"")
+        + len(edits_to_json(graph.edits))
+        + 3 * 8
+    )
+
+
+def sum_scores(
+    replies: Iterable[Message],
+    *,
+    nodes: Container[int],
+    domains: Container[str],
+    most_tokens: int,
+) -> dict[str, Score]:
+    """Scores by domain, summed in node order so that the bits repeat.
+
+    Args:
+        replies: untrusted answers to an evaluation.
+        nodes: nodes that were asked; the first reply of each counts.
+        domains: names that may be scored.
+        most_tokens: tokens of a domain that one client can have scored.
+    """
+    first: dict[int, Message] = {}
+    for message in replies:
+        node = message.metadata.src_node_id
+        if message.has_content() and node in nodes:
+            first.setdefault(node, message)
     scores: dict[str, Score] = {}
-    answered = [message for message in replies if message.has_content()]
-    for message in sorted(answered, key=lambda item: item.metadata.src_node_id):
+    for _, message in sorted(first.items()):
         metrics = message.content.get("metrics") or {}
         for key in sorted(metrics):
             prefix, _, domain = key.partition(".")
             nll, tokens = metrics[key], metrics.get(f"tokens.{domain}")
-            if prefix != "nll" or not _plausible(nll, tokens):
-                continue
-            found = Score(nll=float(nll), tokens=tokens)
-            scores[domain] = scores.get(domain, Score(nll=0.0, tokens=0)) + found
+            if (
+                prefix == "nll"
+                and domain in domains
+                and _plausible(nll, tokens, most_tokens)
+            ):
+                found = Score(nll=float(nll), tokens=tokens)
+                scores[domain] = scores.get(domain, Score(nll=0.0, tokens=0)) + found
     return dict(sorted(scores.items()))
 
 
-def _plausible(nll: object, tokens: object) -> bool:
+def _plausible(nll: object, tokens: object, most_tokens: int) -> bool:
     return (
-        isinstance(nll, (int, float))
-        and math.isfinite(nll)
-        and nll >= 0
-        and isinstance(tokens, int)
-        and tokens > 0
+        type(tokens) is int
+        and 0 < tokens <= most_tokens
+        and type(nll) is float
+        and 0 <= nll <= LARGEST_LOSS * tokens
     )

@@ -6,8 +6,6 @@ fails is refused with a machine-readable reason, and the round goes on.
 
 from __future__ import annotations
 
-import math
-
 from samv2.common.errors import FrameError
 from samv2.common.settings import Settings
 from samv2.federated.client_round import TrainReply
@@ -18,6 +16,8 @@ from samv2.updates.packing import Manifest, unpack
 
 LARGEST_VALUE = 1e4
 """Largest absolute change of a parameter in one round that is believed."""
+LARGEST_LOSS = 1e4
+"""Largest mean loss, in nats, that is believed."""
 
 
 def validate_reply(
@@ -54,8 +54,11 @@ def validate_reply(
     limit = settings.train.local_steps * settings.train.batch_size
     limit *= settings.train.sequence_length
     _check_number("tokens", reply.tokens, 1, limit)
-    if not math.isfinite(reply.train_loss):
-        raise FrameError("train_loss", f"the training loss is {reply.train_loss}")
+    if not 0 <= reply.train_loss <= LARGEST_LOSS:
+        raise FrameError(
+            "train_loss",
+            f"the training loss is {reply.train_loss}, it must be in 0..{LARGEST_LOSS:g}",
+        )
     if reply.graph_version != state.graph.version:
         raise FrameError(
             "graph_version",

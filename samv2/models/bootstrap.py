@@ -261,6 +261,7 @@ def _convert(
         num_shared=config.num_shared,
         feature=settings.experts.feature,
         seed=settings.seed,
+        starts=settings.experts.cluster_starts,
     )
     weights = split_experts(gate_MD, up_MD, down_DM, torch.from_numpy(order), config)
     moments = input_moments(x_ND, (after_ND + dense_ND).float().norm(dim=1))
@@ -319,11 +320,15 @@ def split_experts(
 
 
 def _run_converted(mlp: ExpertGraphMLP, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's outputs on the server graph, and how often experts were co-chosen."""
+    """The layer's outputs on the server graph, and how often experts were co-chosen.
+
+    Shared experts are left out: they fire with everyone, and an edge from an expert that
+    is always visited would open its destination for good.
+    """
     coactivation_EE = torch.zeros(mlp.num_experts, mlp.num_experts)
 
     def record(_: int, walked: Walk) -> None:
-        chosen_TE = walked.chosen_TE.float()
+        chosen_TE = (walked.chosen_TE & ~mlp.shared_E).float()
         coactivation_EE.add_(chosen_TE.T @ chosen_TE)
 
     options = WalkOptions(use_assembler=False, recorder=record)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from samv2.experts.moe_layers import WalkOptions
@@ -46,7 +45,9 @@ def next_token_loss(
     tokens_BS: Tensor,
     walk_options: WalkOptions | None = None,
 ) -> Tensor:
-    """Mean next-token cross-entropy in nats, float32 scalar, differentiable.
+    """Mean next-token cross-entropy in nats, float32 scalar.
+
+    Differentiable in everything below the head; the head itself counts as frozen.
 
     Args:
         model: expert or dense causal LM.
@@ -61,19 +62,39 @@ def next_token_loss(
         hidden_BSD, head = output.last_hidden_state, model.lm_head
     rows_ND = hidden_BSD[:, :-1].flatten(0, 1)
     targets_N = tokens_BS[:, 1:].flatten()
+    return _FrozenHeadLoss.apply(rows_ND, head.weight, targets_N)
 
-    def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(head(rows).float(), targets, reduction="sum")
 
-    total = rows_ND.new_zeros((), dtype=torch.float32)
-    for rows, targets in zip(
-        rows_ND.split(ROWS_PER_CHUNK), targets_N.split(ROWS_PER_CHUNK)
-    ):
-        if torch.is_grad_enabled() and rows.requires_grad:
-            total = total + checkpoint(chunk_loss, rows, targets, use_reentrant=False)
-        else:
-            total = total + chunk_loss(rows, targets)
-    return total / len(targets_N)
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of rows @ head', a chunk at a time.
+
+    The head is frozen, so the gradient of the rows, (softmax - onehot) @ head, is made
+    on the way forward: logits are neither stored nor computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor
+    ) -> Tensor:
+        total = rows_ND.new_zeros((), dtype=torch.float32)
+        gradients = []
+        for rows, targets in zip(
+            rows_ND.split(ROWS_PER_CHUNK), targets_N.split(ROWS_PER_CHUNK)
+        ):
+            log_share = torch.log_softmax((rows @ head_VD.T).float(), dim=1)
+            total -= log_share.gather(1, targets.unsqueeze(1)).sum()
+            if ctx.needs_input_grad[0]:
+                share = log_share.exp_()
+                share[torch.arange(len(targets)), targets] -= 1
+                gradients.append(share.to(head_VD.dtype) @ head_VD)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients) / len(targets_N))
+        return total / len(targets_N)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * upstream.to(gradient_ND.dtype), None, None
 
 
 @torch.no_grad()

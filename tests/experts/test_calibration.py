@@ -12,7 +12,7 @@ from samv2.experts.calibration import (
     RIDGE,
     Gate,
     average_gate,
-    expert_output,
+    expert_hidden,
     fit_gate,
     fit_surrogates,
     input_moments,
@@ -21,6 +21,12 @@ from samv2_kernels import ExpertWeights, Surrogates
 from tests.helpers import assert_close, randn
 
 TOKENS, WIDTH, EXPERTS, ROWS = 200, 6, 3, 4
+
+
+def expert_output(x_ND: Tensor, weights: ExpertWeights, expert: int) -> Tensor:
+    """FFN_e(x), (N, D)."""
+    down_FD = weights.down_EFD[expert]
+    return expert_hidden(x_ND, weights, expert).to(down_FD.dtype) @ down_FD
 
 
 def make_weights() -> ExpertWeights:

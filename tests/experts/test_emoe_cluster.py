@@ -25,12 +25,17 @@ ROWS, WIDTH, TOKENS = 48, 10, 60
 
 
 def layer(seed: int = 0) -> dict[str, Tensor]:
-    """Random weights and activations of one FFN."""
+    """Weights and activations of one FFN with six loose groups of rows."""
+    group = torch.arange(ROWS) % 6
+    weights = (
+        randn(3, ROWS, WIDTH, seed=seed) + randn(3, 6, WIDTH, seed=seed + 1)[:, group]
+    )
+    strength = (2 * randn(TOKENS, 6, seed=seed + 2)).exp()[:, group]
     return {
-        "gate_MD": randn(ROWS, WIDTH, seed=seed),
-        "up_MD": randn(ROWS, WIDTH, seed=seed + 1),
-        "down_DM": randn(WIDTH, ROWS, seed=seed + 2),
-        "hidden_NM": randn(TOKENS, ROWS, seed=seed + 3),
+        "gate_MD": weights[0],
+        "up_MD": weights[1],
+        "down_DM": weights[2].T,
+        "hidden_NM": strength * randn(TOKENS, ROWS, seed=seed + 3),
     }
 
 

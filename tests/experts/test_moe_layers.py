@@ -17,6 +17,7 @@ from samv2.experts.moe_layers import (
     PrefixState,
     WalkOptions,
     ffn_flops_fraction,
+    to_positions,
 )
 from samv2_kernels import ExpertWeights, Surrogates, Walk, count_usage
 from tests.helpers import assert_close, generator, randn
@@ -219,7 +220,9 @@ def test_walks_are_recorded_in_storage_ids_and_counted_in_positions() -> None:
         expected = set(best) - ({1} if 3 not in best else set())
         found = {e for e in walked.expert_ids_TK[token].tolist() if e >= 0}
         assert found == expected, "position 3, expert 1, continues from expert 3 only"
-    counts = count_usage(walked, mask, layer.order_E)
+    placed = to_positions(walked, layer.order_E)
+    assert torch.equal(placed.reached_TE[:, 3], walked.reached_TE[:, 1])
+    counts = count_usage(placed, mask)
     under = sum(1 in best and 3 in best for best in top)
     assert under and int(counts.usage_EE[0, 3]) == under
     assert int(counts.demand_EE[3, 3]) == sum(1 in best for best in top)
@@ -294,6 +297,30 @@ def test_the_assembler_sees_the_mean_of_the_prefix_alone() -> None:
     run(layer, X[:, :4])
     run(layer, X, use_assembler=False)
     assert len(assembler.contexts) == 1, "nothing follows the prefix, or it is off"
+
+
+def test_the_context_carries_no_gradient() -> None:
+    assembler = FakeAssembler()
+    run(make_layer(assembler=assembler), X.clone().requires_grad_())
+    assert not assembler.contexts[0].requires_grad
+
+
+def test_masks_hold_from_the_first_position_after_the_prefix() -> None:
+    """A mask that only lets expert 5 in, on a layer without shared experts."""
+
+    def only_five(
+        context_BD: Tensor, layer: int, server_EE: Tensor, **_: Any
+    ) -> Tensor:
+        mask_BEE = torch.zeros(len(context_BD), EXPERTS, EXPERTS)
+        mask_BEE[:, 5, 5] = 1.0
+        return mask_BEE
+
+    layer = make_layer(assembler=only_five, num_shared=0)
+    _, (walked,) = run(layer, X)
+    visits_BS = walked.visited_TE.sum(dim=1).view(2, 7)
+    assert visits_BS[:, :4].tolist() == [[3] * 4] * 2
+    assert visits_BS[:, 4:].tolist() == [[1] * 3] * 2
+    assert bool(walked.visited_TE.view(2, 7, EXPERTS)[:, 4:, 5].all())
 
 
 def test_edges_of_the_assembler_get_gradients() -> None:

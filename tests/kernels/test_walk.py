@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -204,27 +204,7 @@ def test_a_set_that_cannot_be_entered_falls_back_to_the_best_entry() -> None:
     assert walked.chosen_TE.tolist() == [[False, False, True, True]]
 
 
-def test_usage_is_counted_in_the_rows_of_the_mask() -> None:
-    """A walk in expert ids, where row 0 of the mask is expert 2."""
-    order_E = torch.tensor([2, 0, 1])
-    place_E = torch.argsort(order_E)
-    mask_EE = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 1]], dtype=torch.bool)
-    placed = walk(randn(50, 3, seed=0), mask_EE.unsqueeze(0), experts_per_token=2)
-    ids_TK = placed.expert_ids_TK
-    renamed = Walk(
-        expert_ids_TK=torch.where(ids_TK >= 0, order_E[ids_TK.clamp(min=0)], -1),
-        parent_slot_TK=placed.parent_slot_TK,
-        depth_TK=placed.depth_TK,
-        reached_TE=placed.reached_TE[:, place_E],
-        chosen_TE=placed.chosen_TE[:, place_E],
-    )
-    expected = count_usage(placed, mask_EE)
-    found = count_usage(renamed, mask_EE, order_E)
-    assert torch.equal(found.usage_EE, expected.usage_EE)
-    assert torch.equal(found.demand_EE, expected.demand_EE)
-    assert expected.usage_EE.sum() == (ids_TK >= 0).sum()
-
-
+@settings(max_examples=15)
 @given(st.integers(0, 2**31), st.sampled_from((1, 2, 3, 6)))
 def test_reach_has_the_gradient_of_its_formula(seed: int, experts: int) -> None:
     """At 0/1 values, where the sweep is used, and between them."""

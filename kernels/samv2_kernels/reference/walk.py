@@ -249,35 +249,28 @@ class UsageCounts:
     """int64; tokens where src was visited and dst chosen while the edge was off."""
 
 
-def count_usage(
-    walked: Walk, edge_mask_EE: Tensor, order_E: Tensor | None = None
-) -> UsageCounts:
+def count_usage(walked: Walk, edge_mask_EE: Tensor) -> UsageCounts:
     """Count entries, tree edges and unmet demand of a walk.
 
     Args:
-        walked: the walk of T tokens.
+        walked: the walk of T tokens, in the rows of the mask.
         edge_mask_EE: (E, E) bool, the server's graph; demand counts its off edges
             (an off diagonal counts tokens that chose an expert that may not be entered).
-        order_E: (E,) int64, the expert at each row of the mask, where a walk's expert
-            ids are not those rows; None means that they are.
 
     Returns:
-        The counts, both (E, E) int64 and upper triangular, indexed as the mask.
+        The counts, both (E, E) int64 and upper triangular.
     """
     num_experts = edge_mask_EE.shape[0]
-    if order_E is None:
-        order_E = torch.arange(num_experts, device=edge_mask_EE.device)
     used_TK = walked.expert_ids_TK >= 0
-    place_TK = torch.argsort(order_E)[walked.expert_ids_TK.clamp(min=0)]
     parent_slot_TK = walked.parent_slot_TK
-    parent_TK = place_TK.gather(1, parent_slot_TK.clamp(min=0))
-    source_TK = torch.where(parent_slot_TK >= 0, parent_TK, place_TK)
-    flat = (source_TK * num_experts + place_TK)[used_TK]
+    parent_TK = walked.expert_ids_TK.gather(1, parent_slot_TK.clamp(min=0))
+    source_TK = torch.where(parent_slot_TK >= 0, parent_TK, walked.expert_ids_TK)
+    flat = (source_TK * num_experts + walked.expert_ids_TK)[used_TK]
     usage_EE = torch.bincount(flat, minlength=num_experts**2)
     usage_EE = usage_EE.view(num_experts, num_experts)
 
-    visited_TE = walked.visited_TE[:, order_E].double()
-    chosen_TE = walked.chosen_TE[:, order_E].double()
+    visited_TE = walked.visited_TE.double()
+    chosen_TE = walked.chosen_TE.double()
     pairs_EE = visited_TE.T @ chosen_TE
     pairs_EE.fill_diagonal_(0)
     pairs_EE += torch.diag(chosen_TE.sum(dim=0))

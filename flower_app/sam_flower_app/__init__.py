@@ -1,0 +1,1 @@
+"""SAM-v2 as a Flower app."""

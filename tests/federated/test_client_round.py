@@ -1,0 +1,261 @@
+"""Graphs and edits as bytes, and a client's round on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from samv2.common.callbacks import StepReport, TrainerCallback
+from samv2.common.errors import FrameError, GraphError
+from samv2.data.shards import ClientShard, FederatedIndex, FederatedText
+from samv2.data.shards import save_federated_text
+from samv2.experts.graph import Edit, ExpertGraph
+from samv2.federated.client_round import (
+    ClientRuntime,
+    GraphMessage,
+    RoundRequest,
+    edits_from_json,
+    edits_to_json,
+    evaluate_round,
+    load_runtime,
+    pack_graph,
+    round_seed,
+    train_round,
+    unpack_graph,
+    update_graph,
+)
+from samv2.federated.client_state import load_client_state
+from samv2.federated.usage import unpack_usage
+from samv2.updates.packing import pack, unpack
+from tests.federated.runs import small_settings, toy_graph
+
+PRUNE = Edit(layer=0, src=1, dst=3, kind="prune", score=0.1, reason="idle")
+
+
+def same_graph(left: ExpertGraph, right: ExpertGraph) -> bool:
+    """Equal masks, orders and versions."""
+    return (
+        torch.equal(left.edge_mask_LEE, right.edge_mask_LEE)
+        and torch.equal(left.order_LE, right.order_LE)
+        and left.version == right.version
+    )
+
+
+@given(
+    experts=st.integers(1, 70), layers=st.integers(1, 3), seed=st.integers(0, 10_000)
+)
+def test_graphs_survive_their_bytes(experts: int, layers: int, seed: int) -> None:
+    source = torch.Generator().manual_seed(seed)
+    mask = torch.rand(layers, experts, experts, generator=source).triu() > 0.5
+    mask[:, 0, 0] = True
+    order = [torch.randperm(experts, generator=source) for _ in range(layers)]
+    graph = ExpertGraph(edge_mask_LEE=mask, order_LE=torch.stack(order), version=7)
+    assert same_graph(unpack_graph(pack_graph(graph), version=7), graph)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff\xfe",
+        b"5",
+        b"[]",
+        b"{}",
+        b'{"order": [], "rows": []}',
+        b'{"order": [0, 1], "rows": [["1"]]}',
+        b'{"order": [[0, 1]], "rows": [["zz", "2"]]}',
+        b'{"order": [[0, 1]], "rows": [[1, 2]]}',
+        b'{"order": [[0, 1]], "rows": [["3"]]}',
+        b'{"order": [[0, 1]], "rows": [["1", "1"]]}',
+        b'{"order": [[0, 0]], "rows": [["1", "2"]]}',
+        b'{"order": [[0, 1180591620717411303424]], "rows": [["1", "2"]]}',
+        b'{"order": [[0, 1], [0, 1]], "rows": [["1", "2"]]}',
+        b'{"order": [[0, 1]], "rows": [["0", "0"]]}',
+    ],
+)
+def test_bytes_that_are_no_graph_are_refused(data: bytes) -> None:
+    with pytest.raises(GraphError):
+        unpack_graph(data, version=1)
+
+
+def test_edits_survive_their_json() -> None:
+    edits = (PRUNE, Edit(layer=1, src=0, dst=0, kind="promote"))
+    assert edits_from_json(edits_to_json(edits)) == edits
+    assert edits_from_json("[]") == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "5",
+        "null",
+        "[1]",
+        '{"layer": 0}',
+        '[{"layer": 0}]',
+        '[{"layer": 0, "src": 0, "dst": 1, "kind": "prune", "boss": 1}]',
+        '[{"layer": "0", "src": 0, "dst": 1, "kind": "prune"}]',
+        '[{"layer": 0, "src": 0.5, "dst": 1, "kind": "prune"}]',
+        '[{"layer": 0, "src": true, "dst": 1, "kind": "prune"}]',
+        '[{"layer": 0, "src": 0, "dst": null, "kind": "prune"}]',
+        "[" * 100_000,
+    ],
+)
+def test_text_that_is_no_list_of_edits_is_refused(text: str) -> None:
+    with pytest.raises(GraphError):
+        edits_from_json(text)
+
+
+def test_edits_bring_a_client_one_version_on() -> None:
+    message = GraphMessage(version=1, full=None, edits=(PRUNE,))
+    found = update_graph(toy_graph(), message)
+    assert found.version == 1 and not found.edge_mask_LEE[0, 1, 3]
+    assert same_graph(update_graph(found, message), found)
+
+
+@pytest.mark.parametrize(
+    ("known", "version", "edits"),
+    [(None, 1, (PRUNE,)), (0, 2, (PRUNE,)), (3, 2, (PRUNE,)), (0, 1, ())],
+)
+def test_a_gap_in_the_versions_is_an_error(
+    known: int | None, version: int, edits: tuple[Edit, ...]
+) -> None:
+    graph = None if known is None else toy_graph(known)
+    message = GraphMessage(version=version, full=None, edits=edits)
+    with pytest.raises(GraphError, match="full graph"):
+        update_graph(graph, message)
+
+
+def test_an_edit_outside_the_graph_is_an_error() -> None:
+    far = replace(PRUNE, layer=9)
+    with pytest.raises(GraphError):
+        update_graph(toy_graph(), GraphMessage(version=1, full=None, edits=(far,)))
+
+
+def test_a_full_graph_replaces_what_is_known() -> None:
+    graph = toy_graph(order=[1, 0, 3, 2])
+    message = GraphMessage(version=4, full=pack_graph(graph), edits=())
+    expected = replace(graph, version=4)
+    assert same_graph(update_graph(toy_graph(9), message), expected)
+
+
+def test_seeds_differ_and_fit_a_generator() -> None:
+    seeds = {
+        round_seed(seed, round, client)
+        for seed in (0, 1, 2**32 - 1)
+        for round in (1, 2, 1000)
+        for client in (0, 1, 99)
+    }
+    assert len(seeds) == 27
+    assert all(torch.Generator().manual_seed(seed + 1) for seed in seeds)
+    assert max(seeds) < 2**63
+
+
+@pytest.fixture
+def runtime(expert_folder: Path, tiny_tokens: Tensor, tmp_path: Path) -> ClientRuntime:
+    """A runtime with one client that holds 2,000 tokens."""
+    shard = ClientShard(
+        index=0,
+        train=tiny_tokens[:2000],
+        heldout={"python": tiny_tokens[-1000:], "tiny": tiny_tokens[:5]},
+        category_counts={"python": 1},
+        description="client 0",
+        tokenizer_fingerprint="-",
+    )
+    index = FederatedIndex(
+        domains=("python",),
+        split="domain",
+        seed=0,
+        category_counts=({"python": 1},),
+        train_tokens=(2000,),
+        category_heterogeneity=0.0,
+        token_heterogeneity=0.0,
+        tokenizer_fingerprint="-",
+        corpus_sha256={},
+    )
+    text = FederatedText(clients=(shard,), calibration={}, index=index)
+    save_federated_text(text, tmp_path / "shards")
+    settings = small_settings(expert_folder)
+    return load_runtime(
+        expert_folder, tmp_path / "shards", tmp_path / "states", settings
+    )
+
+
+def request_of(runtime: ClientRuntime, round: int = 1) -> RoundRequest:
+    """A request with the bootstrapped model's own graph and parameters."""
+    full = pack_graph(runtime.model.graph)
+    return RoundRequest(
+        round=round,
+        graph=GraphMessage(version=0, full=full, edits=()),
+        parameters=pack({}, runtime.manifest, round=round),
+    )
+
+
+def test_a_round_sends_trained_minus_received(runtime: ClientRuntime) -> None:
+    received = runtime.model.read_blocks()
+    reply = train_round(runtime, 0, request_of(runtime))
+    update = unpack(reply.update, runtime.manifest, round=1)
+    trained = runtime.model.read_blocks()
+    assert update and len(reply.update) <= 16384
+    for key, block in update.items():
+        delta = trained[key] - received[key]
+        assert bool(block.any())
+        # int8 by blocks of 256: half a step of the block's largest value.
+        assert float((block - delta).abs().max()) <= float(delta.abs().max()) / 253
+    counts = unpack_usage(reply.usage, 3, 8, round=1, max_count=reply.tokens)
+    assert counts.usage_LEE.sum(dim=(1, 2)).min() >= reply.tokens
+    assert (reply.examples, reply.tokens) == (12, 12 * 64)
+    state = load_client_state(runtime.states / "client_0000", before_round=2)
+    assert state.graph is not None and state.graph.version == 0
+    kept = state.residual
+    assert set(trained) - set(update) <= set(kept)
+
+
+def test_a_round_that_is_run_again_gives_the_same_reply(
+    runtime: ClientRuntime,
+) -> None:
+    first = train_round(runtime, 0, request_of(runtime))
+    second = train_round(runtime, 0, request_of(runtime, 2))
+    again = train_round(runtime, 0, request_of(runtime))
+    assert again.update == first.update and again.usage == first.usage
+    assert second.update != first.update
+    assert train_round(runtime, 0, request_of(runtime, 2)).update == second.update
+
+
+def test_an_evaluation_scores_domains_with_a_whole_window(
+    runtime: ClientRuntime,
+) -> None:
+    scores = evaluate_round(runtime, 0, request_of(runtime))
+    assert list(scores) == ["python"]
+    assert scores["python"].tokens == 8 * 63
+    assert 1 < scores["python"].perplexity < 512
+    assert not runtime.states.exists()
+
+
+def test_parameters_of_another_round_are_refused(runtime: ClientRuntime) -> None:
+    stale = replace(request_of(runtime, 2), round=1)
+    with pytest.raises(FrameError) as caught:
+        train_round(runtime, 0, stale)
+    assert caught.value.reason == "round"
+
+
+class Fails(TrainerCallback):
+    """Raises at the first step."""
+
+    def on_step_end(self, report: StepReport) -> bool:
+        raise RuntimeError("stopped from outside")
+
+
+def test_a_round_that_fails_leaves_no_state(runtime: ClientRuntime) -> None:
+    with pytest.raises(RuntimeError):
+        train_round(runtime, 0, request_of(runtime), [Fails()])
+    assert not list(runtime.states.rglob("*.safetensors"))
+    assert not runtime.model.training
+    json.dumps(list(evaluate_round(runtime, 0, request_of(runtime))))

@@ -1,0 +1,294 @@
+"""Expert models on disk, and their export to plain Llamas."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from samv2.common.errors import ModelError
+from samv2.experts.moe_layers import WalkOptions
+from samv2.models.expert_model import ExpertModel
+from samv2.models.save import (
+    export_dense,
+    is_expert_model,
+    load_expert_model,
+    save_expert_model,
+)
+from tests.helpers import assert_close, convert, randn
+
+EVERY = WalkOptions(experts_per_token=8, use_assembler=False)
+
+
+def stir(model: ExpertModel) -> ExpertModel:
+    """Non-zero adapters and assembler; u and the edges' strengths stay 0."""
+    for seed, (name, parameter) in enumerate(model.named_parameters()):
+        if parameter.requires_grad and "mix_E" not in name and "strength" not in name:
+            parameter.data += 0.1 * randn(*parameter.shape, seed=seed)
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, ids: Tensor, **kwargs: object) -> Tensor:
+    return model(ids, **kwargs).logits
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["assembler.width=0"],
+        ["experts.surrogate_rank=0"],
+        ["experts.layers=0,2", "experts.chains=true", "experts.num_shared=0"],
+        ["experts.combine=softmax"],
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saving_and_loading_keeps_every_bit(
+    tiny_llama_folder: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_calibration: Tensor,
+    tiny_batch: Tensor,
+    tmp_path: Path,
+    overrides: list[str],
+    dtype: torch.dtype,
+) -> None:
+    """Of the tensors; products also depend on how a tensor is aligned in memory."""
+    llama = LlamaForCausalLM.from_pretrained(tiny_llama_folder, dtype=dtype).eval()
+    model = stir(convert(llama, tiny_calibration, overrides).model)
+    model.set_experts_per_token(3)
+    save_expert_model(model, tiny_tokenizer, tmp_path / "model")
+    loaded, tokenizer = load_expert_model(tmp_path / "model")
+    assert loaded.expert_config == model.expert_config
+    assert loaded.expert_config.experts_per_token == 3
+    expected, found = model.state_dict(), loaded.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(
+            found[name], value
+        ), name
+    again, _ = load_expert_model(tmp_path / "model")
+    assert torch.equal(logits_of(loaded, tiny_batch), logits_of(again, tiny_batch))
+    ratio = "fp32" if dtype == torch.float32 else "bf16"
+    expected_logits = logits_of(model, tiny_batch)
+    assert_close("logits", logits_of(loaded, tiny_batch), expected_logits, ratio)
+    text = "def walk(self):\n    return None"
+    assert tokenizer(text).input_ids == tiny_tokenizer(text).input_ids
+    trainable = {n for n, p in loaded.named_parameters() if p.requires_grad}
+    assert trainable == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not loaded.training
+
+
+def saved(model: ExpertModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    save_expert_model(stir(model), tokenizer, folder)
+    return folder
+
+
+def test_nothing_is_stored_twice_and_factors_not_at_all(
+    tiny_expert_model: ExpertModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    folder = saved(tiny_expert_model, tiny_tokenizer, tmp_path / "model")
+    names = set(load_file(folder / "model.safetensors"))
+    assert not any("factor_" in name or "lm_head" in name for name in names)
+    assert sum("hidden.weight" in name for name in names) == 1
+    assert "assembler.out.bias" in names
+
+
+def test_training_a_loaded_model_leaves_its_file_alone(
+    tiny_expert_model: ExpertModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_batch: Tensor,
+    tmp_path: Path,
+) -> None:
+    folder = saved(tiny_expert_model, tiny_tokenizer, tmp_path / "model")
+    before = (folder / "model.safetensors").read_bytes()
+    loaded, _ = load_expert_model(folder)
+    optimizer = torch.optim.SGD(loaded.trainable_parameters(), lr=1.0)
+    loaded(tiny_batch, labels=tiny_batch).loss.backward()
+    optimizer.step()
+    loaded.set_graph(replace(loaded.graph, order_LE=loaded.graph.order_LE.flip(1)))
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_second_save_replaces_the_first(
+    tiny_expert_model: ExpertModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    folder = saved(tiny_expert_model, tiny_tokenizer, tmp_path / "model")
+    loaded, _ = load_expert_model(folder)
+    loaded.expert_layers[0].gate_bias_E.data.fill_(7.0)
+    save_expert_model(loaded, tiny_tokenizer, folder)
+    again, _ = load_expert_model(folder)
+    assert bool((again.expert_layers[0].gate_bias_E == 7.0).all())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+Damage = Callable[[Path], None]
+
+
+def edit_config(**changes: object) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        values = json.loads(path.read_text())
+        values["samv2"] |= {k: v for k, v in changes.items() if k in values["samv2"]}
+        values |= {k: v for k, v in changes.items() if k not in values["samv2"]}
+        path.write_text(json.dumps(values))
+
+    return damage
+
+
+def edit_weights(change: Callable[[dict[str, Tensor]], None]) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        weights = {name: value.clone() for name, value in load_file(path).items()}
+        change(weights)
+        path.unlink()
+        save_file(weights, path)
+
+    return damage
+
+
+def cut(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+MLP = "model.layers.1.mlp."
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "config.json").unlink(), "holds no expert graph"),
+        (lambda f: (f / "config.json").write_text("{"), "holds no expert graph"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff"), "holds no expert graph"),
+        (lambda f: (f / "config.json").write_text("{}"), "samv2 bootstrap MODEL"),
+        (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer in .* cannot be read"),
+        (cut, "cannot be read"),
+        (edit_config(model_type="nonsense"), "describes no model"),
+        (edit_config(layers=[0, 9]), r"converts layers \[9\] of a model of 3"),
+        (edit_config(num_shared=7), "experts_per_token is 4; with 7 shared"),
+        (edit_config(hidden_size=128), "does not fit its config"),
+        (edit_config(vocab_size=100), "does not fit its config"),
+        (edit_config(assembler_width=7), "does not fit its config"),
+        (edit_config(layers=[0, 1]), "layer_embedding.weight"),
+        (edit_weights(lambda w: w.pop(MLP + "gate_EFD")), f"lack {MLP}gate_EFD"),
+        (edit_weights(lambda w: w.pop(MLP + "mix_E")), "do not fit.*mix_E"),
+        (
+            edit_weights(lambda w: w.pop("model.embed_tokens.weight")),
+            "lack model.embed",
+        ),
+        (edit_weights(lambda w: w.pop("assembler.out.bias")), "does not fit"),
+        (edit_weights(lambda w: w.update(x=torch.ones(1))), r"unexpected \['x'\]"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(
+    tiny_expert_model: ExpertModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    damage: Damage,
+    message: str,
+) -> None:
+    folder = saved(tiny_expert_model, tiny_tokenizer, tmp_path / "model")
+    damage(folder)
+    with pytest.raises(ModelError, match=message):
+        load_expert_model(folder)
+
+
+def test_expert_models_are_told_from_dense_ones(
+    tiny_expert_model: ExpertModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_llama_folder: Path,
+    tmp_path: Path,
+) -> None:
+    assert is_expert_model(saved(tiny_expert_model, tiny_tokenizer, tmp_path / "m"))
+    assert not is_expert_model(tiny_llama_folder)
+    assert not is_expert_model(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("layers", ["all", "1"])
+def test_the_export_is_the_model_at_k_equal_to_e(
+    tiny_llama: LlamaForCausalLM,
+    tiny_calibration: Tensor,
+    tiny_batch: Tensor,
+    layers: str,
+) -> None:
+    overrides = [f"experts.layers={layers}"]
+    model = stir(convert(tiny_llama, tiny_calibration, overrides).model)
+    dense = export_dense(model)
+    assert type(dense) is LlamaForCausalLM
+    expected = logits_of(model, tiny_batch, walk_options=EVERY)
+    assert_close("logits", logits_of(dense, tiny_batch), expected, "logits")
+
+
+LOAD_PLAIN = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert not sys.modules.get("samv2")
+try:
+    import samv2
+except ImportError:
+    with torch.no_grad():
+        logits = model(torch.load(sys.argv[2])).logits
+    torch.save(logits, sys.argv[3])
+"""
+
+
+def test_an_exported_folder_loads_where_samv2_is_not_installed(
+    tiny_expert_model: ExpertModel, tiny_batch: Tensor, tmp_path: Path
+) -> None:
+    model = stir(tiny_expert_model)
+    export_dense(model).save_pretrained(tmp_path / "dense")
+    torch.save(tiny_batch, tmp_path / "ids.pt")
+    block = "import sys; sys.modules['samv2'] = None\n"
+    arguments = [str(tmp_path / name) for name in ("dense", "ids.pt", "logits.pt")]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(
+        [sys.executable, "-I", "-c", block + LOAD_PLAIN, *arguments],
+        check=True,
+        capture_output=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=120,
+    )
+    expected = logits_of(model, tiny_batch, walk_options=EVERY)
+    assert_close("logits", torch.load(tmp_path / "logits.pt"), expected, "logits")
+
+
+@pytest.mark.parametrize(
+    "overrides, parameter, message",
+    [
+        ([], "mix_E", "u is not 0"),
+        (["experts.chains=true"], "edge_strength_EE", "edges carry data"),
+        (["experts.combine=softmax"], None, "experts.combine is 'softmax'"),
+    ],
+)
+def test_what_is_no_plain_ffn_is_not_exported(
+    tiny_llama: LlamaForCausalLM,
+    tiny_calibration: Tensor,
+    overrides: list[str],
+    parameter: str | None,
+    message: str,
+) -> None:
+    model = convert(tiny_llama, tiny_calibration, overrides).model
+    if parameter is not None:
+        getattr(model.expert_layers[2], parameter).data.fill_(0.1)
+    with pytest.raises(ModelError, match=message):
+        export_dense(model)

@@ -1,0 +1,139 @@
+"""Selecting blocks: the budget bounds the frame, and nothing is lost from sight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from samv2.common.settings import CODECS
+from samv2.updates.packing import Manifest, pack, unpack
+from samv2.updates.sparsify import (
+    FRAME_BYTES,
+    next_residual,
+    packed_bound,
+    select_blocks,
+    with_residual,
+)
+from tests.helpers import randn
+
+
+def dense_update(sizes: list[int], seed: int) -> dict[int, Tensor]:
+    """Blocks without a zero, of these sizes."""
+    return {key: randn(size, seed=seed + key) for key, size in enumerate(sizes)}
+
+
+@given(
+    sizes=st.lists(
+        st.one_of(
+            st.integers(1, 700), st.sampled_from([255, 256, 257, 65536, 66_000, 140_000])
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    codec=st.sampled_from(CODECS),
+    share=st.floats(0.0, 1.2),
+    density=st.sampled_from([1.0, 0.97, 0.5, 0.02]),
+    seed=st.integers(0, 100),
+)
+def test_budget_bounds_the_packed_frame_for_every_codec(
+    sizes: list[int], codec: str, share: float, density: float, seed: int
+) -> None:
+    update = dense_update(sizes, seed)
+    for key, block in update.items():
+        kept = torch.rand(len(block), generator=torch.Generator().manual_seed(key))
+        block[kept > density] = 0.0
+    budget = int(share * sum(packed_bound(size, codec) for size in sizes)) + 72
+    chosen = select_blocks(update, codec=codec, update_budget_bytes=budget)
+    sent = {key: update[key] for key in chosen}
+    frame = pack(sent, Manifest.of(update), round=1, codec=codec)
+    assert len(frame) <= budget
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_bound_is_not_wasteful(codec: str) -> None:
+    update = dense_update([5000], 0)
+    frame = pack(update, Manifest.of(update), round=1, codec=codec)
+    assert len(frame) <= packed_bound(5000, codec) + FRAME_BYTES <= 1.1 * len(frame) + 50
+
+
+def select(update: dict[int, Tensor], **options: object) -> tuple[int, ...]:
+    """Selection with a budget that holds everything."""
+    values: dict[str, object] = {"codec": "raw", "update_budget_bytes": 10**6}
+    return select_blocks(update, **(values | options))  # type: ignore[arg-type]
+
+
+def test_largest_norms_go_first_and_ties_go_to_the_lower_id() -> None:
+    update = {key: torch.full((8,), value) for key, value in enumerate([1.0, 3, 3, 2])}
+    room = FRAME_BYTES + packed_bound(8, "raw")
+    assert select(update, update_budget_bytes=room) == (1,)
+    assert select(update, update_budget_bytes=room + packed_bound(8, "raw")) == (1, 2)
+
+
+def test_a_block_that_does_not_fit_makes_room_for_a_smaller_one() -> None:
+    update = {0: torch.full((5000,), 9.0), 1: torch.ones(4)}
+    assert select(update, update_budget_bytes=1000) == (1,)
+
+
+def test_zero_and_nan_blocks_are_left_out() -> None:
+    update = {0: torch.zeros(4), 1: torch.ones(4), 2: torch.tensor([torch.nan, 1.0])}
+    assert select(update) == (1,)
+    assert select({0: torch.zeros(4)}) == ()
+
+
+def test_negative_zero_is_zero() -> None:
+    assert select({0: torch.tensor([-0.0, 0.0])}) == ()
+
+
+def test_send_experts_limits_each_layer() -> None:
+    update = {key: torch.full((4,), float(key + 1)) for key in range(9)}
+    chosen = select(update, send_experts=2, experts_per_layer=4)
+    assert chosen == (2, 3, 6, 7, 8)
+    chosen = select(update, send_experts=1, experts_per_layer=4, always=[8])
+    assert chosen == (3, 7, 8)
+
+
+def test_always_ids_go_first_whatever_their_norm() -> None:
+    update = {0: torch.full((8,), 9.0), 1: torch.full((8,), 0.1)}
+    room = FRAME_BYTES + packed_bound(8, "raw")
+    assert select(update, update_budget_bytes=room, always=[1]) == (1,)
+    zero = {0: torch.ones(8), 1: torch.zeros(8)}
+    assert select(zero, always=[1, 77]) == (0,)
+
+
+@given(
+    codec=st.sampled_from(CODECS),
+    keep=st.lists(st.booleans(), min_size=4, max_size=4),
+    seed=st.integers(0, 1000),
+)
+def test_decoded_and_kept_add_up_to_the_update(
+    codec: str, keep: list[bool], seed: int
+) -> None:
+    update = dense_update([40, 300, 7, 64], seed)
+    sent = {key: update[key] for key in update if keep[key]}
+    manifest = Manifest.of(update)
+    decoded = unpack(pack(sent, manifest, round=1, codec=codec), manifest, round=1)
+    kept = next_residual(update, decoded, decay=1.0)
+    for key, block in update.items():
+        arrived = decoded.get(key, torch.zeros_like(block))
+        left = kept.get(key, torch.zeros_like(block))
+        # One subtraction and one addition in float32.
+        assert torch.allclose(arrived + left, block, rtol=3e-7, atol=0)
+
+
+def test_residual_is_added_decayed_and_sparse() -> None:
+    update = {0: torch.ones(2), 1: torch.ones(2)}
+    assert with_residual(update, {1: torch.tensor([0.5, -1.0])})[1].tolist() == [1.5, 0]
+    assert with_residual(update, {})[0].tolist() == [1, 1]
+    kept = next_residual(update, {0: torch.ones(2)}, decay=0.5)
+    assert list(kept) == [1] and kept[1].tolist() == [0.5, 0.5]
+    assert next_residual(update, {}, decay=0) == {}
+
+
+def test_inputs_are_not_changed() -> None:
+    update, residual = {0: torch.ones(2)}, {0: torch.ones(2)}
+    full = with_residual(update, residual)
+    next_residual(full, {0: torch.ones(2)}, decay=0.5)
+    assert update[0].tolist() == residual[0].tolist() == [1, 1]
