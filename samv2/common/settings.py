@@ -254,6 +254,8 @@ def _data_faults(settings: Settings) -> Iterator[str]:
         yield "data.domains is empty; name at least one domain"
     if len(set(data.domains)) != len(data.domains):
         yield f"data.domains names a domain twice: {', '.join(data.domains)}"
+    if commas := [name for name in data.domains if "," in name]:
+        yield f"data.domains holds {commas[0]!r}; a name or path cannot have a comma"
     if data.alpha <= 0:
         yield f"data.alpha is {data.alpha}; use a positive number"
     for name in ("train_bytes", "heldout_bytes", "calibration_bytes"):
@@ -265,6 +267,12 @@ def _train_faults(settings: Settings) -> Iterator[str]:
     for name in ("local_steps", "batch_size"):
         yield from _below(f"train.{name}", getattr(train, name), 1)
     yield from _below("train.sequence_length", train.sequence_length, 8)
+    prefix = settings.assembler.prefix_tokens
+    if settings.assembler.width and train.sequence_length <= prefix:
+        yield (
+            f"train.sequence_length is {train.sequence_length}; it must exceed "
+            f"assembler.prefix_tokens = {prefix}, or the assembler never makes a mask"
+        )
     for name in ("learning_rate", "clip_norm"):
         if getattr(train, name) <= 0:
             yield f"train.{name} is {getattr(train, name)}; use a positive number"

@@ -1,7 +1,7 @@
 """When the server prunes and promotes edges.
 
 Usage and demand are averaged over rounds (exponential, bias-corrected) and made relative
-to a layer: 1 is the mean usage of its kept edges. An edge whose relative usage stays
+to a layer: 1 is the mean usage of its kept edges between experts that are not shared. An edge whose relative usage stays
 below ``tau_prune`` for ``patience`` rounds is pruned; a missing one whose relative demand
 stays above ``tau_promote`` is promoted. The gap between the thresholds, the patience and
 the cooldown are the hysteresis; at most ``rho_max`` edits a round keep the graph calm
@@ -80,8 +80,9 @@ def decide_edits(
         At most ``rho_max`` edits in order of falling urgency (how far past the
         threshold, on a log scale; ties by layer, src, dst), and the new memory.
     """
-    memory = _observe(graph, memory, counts, settings)
-    usage_LEE, demand_LEE = _relative(graph, memory, settings)
+    routed_LEE = routed_edges(graph, num_shared)
+    memory = _observe(graph, routed_LEE, memory, counts, settings)
+    usage_LEE, demand_LEE = _relative(graph, routed_LEE, memory, settings)
     candidates = _candidates(graph, memory, usage_LEE, demand_LEE, settings)
     mask_LEE = graph.edge_mask_LEE.clone()
     rest_LEE = (memory.rest_LEE - 1).clamp(min=0)
@@ -112,8 +113,23 @@ def decide_edits(
     )
 
 
+def routed_edges(graph: ExpertGraph, num_shared: int) -> Tensor:
+    """(L, E, E) bool: edges between experts that are chosen by score.
+
+    Shared experts are visited by every token, so usage of and demand for their edges
+    says nothing; they are never edited.
+    """
+    routed_LE = graph.order_LE >= num_shared
+    both_LEE = routed_LE.unsqueeze(2) & routed_LE.unsqueeze(1)
+    return both_LEE.triu()
+
+
 def _observe(
-    graph: ExpertGraph, memory: EdgeMemory, counts: EdgeCounts, settings: EditSettings
+    graph: ExpertGraph,
+    routed_LEE: Tensor,
+    memory: EdgeMemory,
+    counts: EdgeCounts,
+    settings: EditSettings,
 ) -> EdgeMemory:
     """Running averages and threshold streaks after one more round."""
     keep = settings.momentum
@@ -125,9 +141,9 @@ def _observe(
         rest_LEE=memory.rest_LEE,
         rounds=memory.rounds + 1,
     )
-    usage_LEE, demand_LEE = _relative(graph, averaged, settings)
-    on_LEE = graph.edge_mask_LEE
-    off_LEE = ~on_LEE & torch.ones_like(on_LEE).triu()
+    usage_LEE, demand_LEE = _relative(graph, routed_LEE, averaged, settings)
+    on_LEE = graph.edge_mask_LEE & routed_LEE
+    off_LEE = ~graph.edge_mask_LEE & routed_LEE
     below_LEE = on_LEE & (usage_LEE < settings.tau_prune)
     above_LEE = off_LEE & (demand_LEE > settings.tau_promote)
     return EdgeMemory(
@@ -141,13 +157,16 @@ def _observe(
 
 
 def _relative(
-    graph: ExpertGraph, memory: EdgeMemory, settings: EditSettings
+    graph: ExpertGraph,
+    routed_LEE: Tensor,
+    memory: EdgeMemory,
+    settings: EditSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Usage and demand over the mean usage of the layer's kept edges."""
+    """Usage and demand over the mean usage of the layer's kept routed edges."""
     correction = 1 - settings.momentum**memory.rounds if memory.rounds else 1.0
     usage_LEE = memory.usage_LEE / correction
     demand_LEE = memory.demand_LEE / correction
-    on_LEE = graph.edge_mask_LEE
+    on_LEE = graph.edge_mask_LEE & routed_LEE
     slots_L = on_LEE.sum(dim=(1, 2)).clamp(min=1)
     mean_L = ((usage_LEE * on_LEE).sum(dim=(1, 2)) / slots_L).clamp(min=1e-12)
     return usage_LEE / mean_L.view(-1, 1, 1), demand_LEE / mean_L.view(-1, 1, 1)

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
@@ -289,7 +290,7 @@ class EmbeddedGrid(Grid):
             if not ready:
                 for worker, message in busy.values():
                     replies.append(_failed(message, f"no reply within {timeout:g} s"))
-                    worker.restart()
+                    worker.stop()
                 replies += [
                     _failed(message, "not started in time") for message in waiting
                 ]
@@ -306,6 +307,7 @@ class _Worker:
 
     def __init__(self, make_app: Callable[[], ClientApp]) -> None:
         self._make_app = make_app
+        self._process: SpawnProcess | None = None
         self._start()
 
     def _start(self) -> None:
@@ -318,34 +320,40 @@ class _Worker:
         theirs.close()
 
     def send(self, message: Message, context: Context) -> None:
+        """Hand over one message; a worker that was stopped or has died starts anew."""
+        if self._process is None:
+            self._start()
         try:
             self.connection.send((message, context))
         except OSError:
-            self.restart()
+            self.stop()
+            self._start()
             with suppress(OSError):  # a second death shows when the reply is received
                 self.connection.send((message, context))
 
     def receive(self, message: Message) -> Message:
+        """The reply to ``message``, or an error message if the worker died over it."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
-            self._process.join(5)
-            code = self._process.exitcode
-            self.restart()
+            code = self.stop()
             return _failed(message, f"the worker process died (exit code {code})")
 
-    def restart(self) -> None:
-        self.stop()
-        self._start()
-
-    def stop(self) -> None:
+    def stop(self) -> int | None:
+        """End the process; returns its exit code if it had ended by itself."""
+        if self._process is None:
+            return None
+        process, self._process = self._process, None
         self.connection.close()
-        self._process.terminate()
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._process.close()
+        process.join(0.5)
+        code = process.exitcode
+        process.terminate()
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        process.close()
+        return code
 
 
 def _serve(make_app: Callable[[], ClientApp], connection: Connection) -> None:

@@ -6,7 +6,8 @@ Shapes: B windows a step, S tokens a window.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -80,30 +81,29 @@ def local_step(
         parameters, lr=settings.learning_rate, weight_decay=0.0
     )
     options = WalkOptions(temperature=temperature, generator=noise, recorder=usage)
-    model.train()
     watchers.on_train_begin(settings.local_steps)
-    for step in range(1, settings.local_steps + 1):
-        begin = time.perf_counter()
-        batch_BS = sample_batch(
-            train_stream, settings.batch_size, settings.sequence_length, generator
-        )
-        loss = next_token_loss(model, batch_BS, options)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-        optimizer.step()
-        report = StepReport(
-            step=step,
-            steps=settings.local_steps,
-            loss=float(loss.detach()),
-            learning_rate=settings.learning_rate,
-            tokens=batch_BS.numel(),
-            seconds=time.perf_counter() - begin,
-        )
-        if watchers.on_step_end(report):
-            break
+    with _training_mode(model):
+        for step in range(1, settings.local_steps + 1):
+            begin = time.perf_counter()
+            batch_BS = sample_batch(
+                train_stream, settings.batch_size, settings.sequence_length, generator
+            )
+            loss = next_token_loss(model, batch_BS, options)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            optimizer.step()
+            report = StepReport(
+                step=step,
+                steps=settings.local_steps,
+                loss=float(loss.detach()),
+                learning_rate=settings.learning_rate,
+                tokens=batch_BS.numel(),
+                seconds=time.perf_counter() - begin,
+            )
+            if watchers.on_step_end(report):
+                break
     watchers.on_train_end(history.reports[-1])
-    model.eval()
     if finite.stopped_at is not None:
         raise FederationError(
             f"the training loss is {history.losses[-1]} at step {finite.stopped_at}; "
@@ -118,6 +118,16 @@ def local_step(
         tokens=sum(report.tokens for report in history.reports),
         seconds=time.perf_counter() - start,
     )
+
+
+@contextmanager
+def _training_mode(model: ExpertModel) -> Iterator[None]:
+    """Training mode inside, evaluation mode after, also where training fails."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 def _select_parameters(

@@ -9,6 +9,7 @@ Shapes: B sequences, S positions, L converted layers, E experts.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,6 +177,17 @@ class ExpertModel(nn.Module):
         self.llama = llama
         self.assembler = assembler
         self.expert_config = expert_config
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ExpertModel:
+        """Load a folder that ``samv2 bootstrap`` wrote; evaluation mode, on the CPU.
+
+        Raises:
+            ModelError: the folder is not a bootstrapped model, or is damaged.
+        """
+        from samv2.models.save import load_expert_model  # save builds on this file
+
+        return load_expert_model(Path(folder))[0]
 
     @property
     def config(self) -> PretrainedConfig:

@@ -1,6 +1,6 @@
-"""Expert models on disk: a folder of ``config.json`` and safetensors, and back.
+"""Expert models on disk: a folder of one JSON file and safetensors, and back.
 
-``config.json`` is the dense model's Hugging Face config with one key more, ``samv2``
+``expert_config.json`` is the dense model's Hugging Face config with the key ``samv2``
 (:class:`ExpertModelConfig`). ``model.safetensors`` holds the decoder under its Hugging
 Face names, with a converted layer's ``mlp`` as its experts, gate, surrogates and graph.
 The frozen adapter factors are generated from the seed and not stored.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,6 +39,8 @@ from samv2.models.expert_model import (
 from samv2_kernels import ExpertWeights, Surrogates
 
 CONFIG_KEY = "samv2"
+CONFIG_FILE = "expert_config.json"
+"""Not ``config.json``: transformers refuses the folder instead of loading random FFNs."""
 WEIGHTS = "model.safetensors"
 FACTORS = ("factor_gate_RD", "factor_up_RD", "factor_down_DR")
 
@@ -49,14 +52,14 @@ def save_expert_model(
     with replace_folder(folder) as target:
         config = model.config.to_dict()
         config[CONFIG_KEY] = model.expert_config.to_json()
-        (target / "config.json").write_text(json.dumps(config, indent=1))
+        (target / CONFIG_FILE).write_text(json.dumps(config, indent=1))
         save_file(_weights(model), target / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save_pretrained(target)
 
 
 def is_expert_model(folder: Path) -> bool:
     """Whether a folder holds a bootstrapped model rather than a dense one."""
-    path = folder / "config.json"
+    path = folder / CONFIG_FILE
     if not path.is_file():
         return False
     try:
@@ -69,9 +72,10 @@ def expert_fingerprint(model: ExpertModel) -> str:
     """Identity of a bootstrapped model: its config and every trainable start.
 
     The gate rows among them depend on base weights, clustering and calibration, so two
-    conversions differ. Call it before anything is trained.
+    conversions differ; K is left out. Call it before anything is trained.
     """
-    digest = hashlib.sha256(json.dumps(model.expert_config.to_json()).encode())
+    config = replace(model.expert_config, experts_per_token=0)
+    digest = hashlib.sha256(json.dumps(config.to_json()).encode())
     for expert_id, block in sorted(model.read_blocks().items()):
         digest.update(expert_id.to_bytes(4, "little"))
         digest.update(block.numpy().tobytes())
@@ -89,7 +93,7 @@ def load_expert_model(folder: Path) -> tuple[ExpertModel, PreTrainedTokenizerBas
     folder = Path(folder)
     if not is_expert_model(folder):
         raise ModelError(
-            f"{folder} holds no expert graph (no config.json with a {CONFIG_KEY!r} key); "
+            f"{folder} holds no expert graph (no {CONFIG_FILE}); "
             "make one with `samv2 bootstrap MODEL --output DIR`"
         )
     config, hf_config = _read_config(folder)
@@ -115,7 +119,7 @@ def load_expert_model(folder: Path) -> tuple[ExpertModel, PreTrainedTokenizerBas
 
 
 def _read_config(folder: Path) -> tuple[ExpertModelConfig, PretrainedConfig]:
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config = ExpertModelConfig.from_json(values.pop(CONFIG_KEY))
     try:
         hf_config = AutoConfig.for_model(**values)

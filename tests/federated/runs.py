@@ -108,6 +108,8 @@ def toy_settings(*overrides: str) -> Settings:
             "train.local_steps=4",
             "train.batch_size=2",
             "train.sequence_length=8",
+            "assembler.prefix_tokens=4",
+            "data.domains=python,pydoc",
             "federation.update_budget_bytes=4096",
             *overrides,
         ],

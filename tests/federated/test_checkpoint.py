@@ -85,7 +85,9 @@ def test_writing_a_round_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = save_checkpoint(tmp_path, toy_state(), model_fingerprint="x")
     assert path.name == "round_0000"
-    again = save_checkpoint(tmp_path, replace(state_at(1), blocks={}), model_fingerprint="abc")
+    again = save_checkpoint(
+        tmp_path, replace(state_at(1), blocks={}), model_fingerprint="abc"
+    )
     found, extra = load_checkpoint(again, model_fingerprint="abc")
     assert found.blocks == {} and extra == {}
 

@@ -86,7 +86,9 @@ def valid_tensors() -> dict[str, torch.Tensor]:
         ),
     ],
 )
-def test_a_damaged_file_names_itself_and_the_remedy(tmp_path: Path, data: bytes) -> None:
+def test_a_damaged_file_names_itself_and_the_remedy(
+    tmp_path: Path, data: bytes
+) -> None:
     path = tmp_path / "round_0001.safetensors"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="damaged.*remove it") as caught:

@@ -141,7 +141,7 @@ Damage = Callable[[Path], None]
 
 def edit_config(**changes: object) -> Damage:
     def damage(folder: Path) -> None:
-        path = folder / "config.json"
+        path = folder / "expert_config.json"
         values = json.loads(path.read_text())
         values["samv2"] |= {k: v for k, v in changes.items() if k in values["samv2"]}
         values |= {k: v for k, v in changes.items() if k not in values["samv2"]}
@@ -173,10 +173,10 @@ MLP = "model.layers.1.mlp."
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda f: (f / "config.json").unlink(), "holds no expert graph"),
-        (lambda f: (f / "config.json").write_text("{"), "holds no expert graph"),
-        (lambda f: (f / "config.json").write_bytes(b"\xff"), "holds no expert graph"),
-        (lambda f: (f / "config.json").write_text("{}"), "samv2 bootstrap MODEL"),
+        (lambda f: (f / "expert_config.json").unlink(), "holds no expert graph"),
+        (lambda f: (f / "expert_config.json").write_text("{"), "holds no expert graph"),
+        (lambda f: (f / "expert_config.json").write_bytes(b"\xff"), "holds no expert graph"),
+        (lambda f: (f / "expert_config.json").write_text("{}"), "samv2 bootstrap MODEL"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer in .* cannot be read"),
         (cut, "cannot be read"),

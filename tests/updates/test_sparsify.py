@@ -28,7 +28,8 @@ def dense_update(sizes: list[int], seed: int) -> dict[int, Tensor]:
 @given(
     sizes=st.lists(
         st.one_of(
-            st.integers(1, 700), st.sampled_from([255, 256, 257, 65536, 66_000, 140_000])
+            st.integers(1, 700),
+            st.sampled_from([255, 256, 257, 65536, 66_000, 140_000]),
         ),
         min_size=1,
         max_size=6,
@@ -56,7 +57,9 @@ def test_budget_bounds_the_packed_frame_for_every_codec(
 def test_bound_is_not_wasteful(codec: str) -> None:
     update = dense_update([5000], 0)
     frame = pack(update, Manifest.of(update), round=1, codec=codec)
-    assert len(frame) <= packed_bound(5000, codec) + FRAME_BYTES <= 1.1 * len(frame) + 50
+    assert (
+        len(frame) <= packed_bound(5000, codec) + FRAME_BYTES <= 1.1 * len(frame) + 50
+    )
 
 
 def select(update: dict[int, Tensor], **options: object) -> tuple[int, ...]:

@@ -1,0 +1,112 @@
+"""One test per reason for which a reply is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from samv2.common.errors import FrameError
+from samv2.federated.client_round import TrainReply
+from samv2.federated.server_merge import ValidReply
+from samv2.federated.usage import pack_usage, zero_counts
+from samv2.federated.validate import LARGEST_VALUE, reply_bytes, validate_reply
+from samv2.updates.packing import Manifest, pack
+from tests.federated.runs import (
+    EXPERTS,
+    LAYERS,
+    toy_counts,
+    toy_manifest,
+    toy_reply,
+    toy_settings,
+    toy_state,
+    toy_update,
+)
+
+
+def check(reply: TrainReply, *overrides: str) -> ValidReply:
+    """Validate a reply to round 1 of the toy state."""
+    settings = toy_settings(*overrides)
+    return validate_reply(reply, 7, toy_state(), toy_manifest(), settings)
+
+
+def frame_of(blocks: dict[int, torch.Tensor], *, round: int = 1) -> bytes:
+    """An update frame."""
+    return pack(blocks, toy_manifest(), round=round)
+
+
+def usage_of(largest: int, *, round: int = 1) -> bytes:
+    """A usage frame whose largest count is ``largest``."""
+    counts = toy_counts(1, largest)
+    counts.usage_LEE[0, 0, 0] = largest
+    return pack_usage(counts, round=round)
+
+
+def test_a_valid_reply_passes_with_what_the_server_knows() -> None:
+    reply = toy_reply(usage=usage_of(64))
+    valid = check(reply)
+    assert valid.contribution.client == 7
+    assert valid.contribution.expert_ids == (0, 3, 8)
+    assert valid.contribution.weight == 8.0
+    assert valid.bytes_up == reply_bytes(reply) == len(reply.update + reply.usage) + 40
+    assert valid.counts.usage_LEE[0, 0, 0] == 64
+    assert torch.equal(valid.counts.usage_LEE[1], toy_counts(1, 64).usage_LEE[1])
+
+
+def test_the_claimed_examples_are_capped() -> None:
+    valid = check(toy_reply(examples=2**62), "federation.max_examples=10")
+    assert valid.contribution.weight == 10.0
+
+
+FOREIGN = Manifest.of({key: torch.zeros(5) for key in range(9)})
+LARGE = {0: torch.full((6,), 2 * LARGEST_VALUE)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"update": bytes(4097)}, "budget"),
+        ({"examples": 0}, "examples"),
+        ({"examples": -1}, "examples"),
+        ({"examples": True}, "examples"),
+        ({"examples": 1.5}, "examples"),
+        ({"examples": float("nan")}, "examples"),
+        ({"tokens": 0}, "tokens"),
+        ({"tokens": 65}, "tokens"),
+        ({"tokens": -(2**62)}, "tokens"),
+        ({"train_loss": float("nan")}, "train_loss"),
+        ({"train_loss": float("inf")}, "train_loss"),
+        ({"train_loss": -0.1}, "train_loss"),
+        ({"train_loss": 1e300}, "train_loss"),
+        ({"graph_version": 1}, "graph_version"),
+        ({"graph_version": -1}, "graph_version"),
+        ({"usage": usage_of(65)}, "usage_range"),
+        ({"usage": usage_of(5, round=2)}, "round"),
+        ({"usage": b""}, "truncated"),
+        ({"update": frame_of({})}, "empty_update"),
+        ({"update": frame_of(LARGE)}, "update_range"),
+        ({"update": frame_of(toy_update(), round=2)}, "round"),
+        ({"update": frame_of(toy_update(), round=0)}, "round"),
+        ({"update": frame_of(toy_update())[:-1]}, "frame_length"),
+        ({"update": frame_of(toy_update())[:-8] + bytes(8)}, "body_hash"),
+        ({"update": pack({0: torch.ones(5)}, FOREIGN, round=1)}, "fingerprint"),
+        ({"update": frame_of({0: torch.full((6,), torch.nan)})}, "nonfinite"),
+        ({"update": frame_of({0: torch.full((6,), -torch.inf)})}, "nonfinite"),
+    ],
+)
+def test_each_fault_has_its_reason(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(FrameError) as caught:
+        check(replace(toy_reply(), **changes))  # type: ignore[arg-type]
+    assert caught.value.reason == reason
+
+
+def test_counts_may_not_exceed_the_tokens_of_the_reply_itself() -> None:
+    check(toy_reply(tokens=30, usage=usage_of(30)))
+    with pytest.raises(FrameError, match="0..20"):
+        check(toy_reply(tokens=20, usage=usage_of(30)))
+
+
+def test_no_visits_at_all_are_believed() -> None:
+    counts = check(toy_reply(usage=pack_usage(zero_counts(LAYERS, EXPERTS), round=1)))
+    assert not bool(counts.counts.usage_LEE.any())
