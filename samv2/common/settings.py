@@ -280,7 +280,7 @@ def _train_faults(settings: Settings) -> Iterator[str]:
 
 def _federation_faults(settings: Settings) -> Iterator[str]:
     federation, edits = settings.federation, settings.edits
-    for name in ("rounds", "clients", "min_replies", "eval_windows"):
+    for name in ("rounds", "clients", "min_replies", "max_examples", "eval_windows"):
         yield from _below(f"federation.{name}", getattr(federation, name), 1)
     for name in ("workers", "clients_per_round", "send_experts", "clip_update_norm"):
         yield from _below(f"federation.{name}", getattr(federation, name), 0)

@@ -44,7 +44,14 @@ def log_to(console: Console, *, verbose: bool = False) -> None:
 
 @contextmanager
 def progress_bar(console: Console, text: str, total: int) -> Iterator[Any]:
-    """A bar with count, elapsed and remaining time; yields ``advance(done, total)``."""
+    """A bar with count, elapsed and remaining time; yields ``advance(done, total)``.
+
+    Where there is no terminal, one line says what has begun.
+    """
+    if not console.is_terminal:
+        console.print(f"{text} ...")
+        yield lambda done, of: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -19,7 +19,7 @@ from samv2.experts.moe_layers import WalkOptions
 from samv2.federated.prepare import DTYPES, calibration_windows, make_corpus
 from samv2.federated.run_folder import check_output
 from samv2.models.bootstrap import bootstrap, check_convertible
-from samv2.models.llama_loader import load_llama
+from samv2.models.llama_loader import load_llama, peek_config
 from samv2.models.perplexity import score_windows
 from samv2.models.save import save_expert_model
 
@@ -43,10 +43,10 @@ def bootstrap_with_frontier(
         SamError: a setting, the model or the text does not fit.
     """
     check_output(output, overwrite=overwrite, expert=True)
-    loaded = load_llama(
-        settings.model.path, dtype=DTYPES[settings.model.dtype], progress=console.print
+    check_convertible(
+        peek_config(settings.model.path, progress=console.print), settings
     )
-    check_convertible(loaded.model, settings)
+    loaded = load_llama(settings.model.path, dtype=DTYPES[settings.model.dtype])
     corpus = make_corpus(settings, console)
     length, limit = settings.train.sequence_length, settings.federation.eval_windows
     heldout = _token_streams(loaded.tokenizer, corpus, "heldout")

@@ -50,6 +50,8 @@ GRAPH_STYPE = "samv2.graph.v1"
 RUN_ID = 1
 SERVER_NODE = 1
 FIRST_NODE = 100
+OnReply = Callable[[str, int, int], None]
+"""Called with (message type, replies so far, messages sent)."""
 CLIENT_FAILED = 2
 """Flower's error code for an exception in the client app."""
 
@@ -171,6 +173,8 @@ class EmbeddedGrid(Grid):
         node_configs: one per client; node ids follow their order.
         run_config: Flower's run config, the same for all clients.
         workers: processes; 1 runs clients in this one.
+        on_reply: told after every reply how many of how many have come, and what was
+            asked.
 
     Use it as a context manager: leaving the block ends the workers.
     """
@@ -182,6 +186,7 @@ class EmbeddedGrid(Grid):
         run_config: dict[str, Any],
         *,
         workers: int = 1,
+        on_reply: OnReply | None = None,
     ) -> None:
         self._contexts = {
             FIRST_NODE
@@ -196,6 +201,7 @@ class EmbeddedGrid(Grid):
         }
         self._make_app = make_app
         self._app: ClientApp | None = None
+        self._on_reply = on_reply
         self._sent = 0
         count = min(workers, len(self._contexts))
         self._workers = [_Worker(make_app) for _ in range(count)] if count > 1 else []
@@ -263,9 +269,17 @@ class EmbeddedGrid(Grid):
                 client in this process cannot be interrupted.
         """
         queue = list(messages)
-        if not self._workers:
-            return [self._here(message) for message in queue]
-        return self._in_workers(queue, timeout)
+        if self._workers:
+            return self._in_workers(queue, timeout)
+        replies: list[Message] = []
+        for message in queue:
+            replies.append(self._here(message))
+            self._tell(len(replies), queue)
+        return replies
+
+    def _tell(self, done: int, queue: list[Message]) -> None:
+        if self._on_reply is not None:
+            self._on_reply(queue[0].metadata.message_type, done, len(queue))
 
     def _here(self, message: Message) -> Message:
         if self._app is None:
@@ -299,6 +313,7 @@ class EmbeddedGrid(Grid):
                 worker, message = busy.pop(connection)
                 replies.append(worker.receive(message))
                 idle.append(worker)
+                self._tell(len(replies), queue)
         return replies
 
 

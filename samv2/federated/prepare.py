@@ -30,6 +30,7 @@ from samv2.data.shards import (
     build_federated_text,
     save_federated_text,
 )
+from samv2.data.sources import parse_domains
 from samv2.data.tokens import windows
 from samv2.experts.emoe_cluster import format_stats
 from samv2.federated.run_folder import RunFolder, run_model
@@ -39,7 +40,7 @@ from samv2.federated.run_logs import (
     write_mask_debug,
 )
 from samv2.models.bootstrap import bootstrap, check_convertible
-from samv2.models.llama_loader import LoadedModel, load_llama
+from samv2.models.llama_loader import LoadedModel, load_llama, peek_config
 from samv2.models.perplexity import Score, score_windows
 from samv2.models.save import (
     expert_fingerprint,
@@ -78,6 +79,7 @@ def prepare(run: RunFolder, settings: Settings, console: Console) -> Prepared:
     """
     if run.prepared.is_file():
         return _read(run)
+    parse_domains(settings.data.domains)
     given = Path(settings.model.path)
     if is_expert_model(given):
         prepared = _from_expert_model(run, given, settings, console)
@@ -179,10 +181,10 @@ def score_heldout(
 
 def _from_dense(run: RunFolder, settings: Settings, console: Console) -> Prepared:
     clock = _Clock()
-    loaded = load_llama(
-        settings.model.path, dtype=DTYPES[settings.model.dtype], progress=console.print
+    check_convertible(
+        peek_config(settings.model.path, progress=console.print), settings
     )
-    check_convertible(loaded.model, settings)
+    loaded = load_llama(settings.model.path, dtype=DTYPES[settings.model.dtype])
     clock.lap("load")
     text = make_text(run, loaded.tokenizer, settings, console)
     _say_text(text, console)
@@ -192,6 +194,7 @@ def _from_dense(run: RunFolder, settings: Settings, console: Console) -> Prepare
         settings.train.sequence_length,
     )
     clock.lap("data")
+    console.print("Scoring the dense model on held-out text ...")
     dense = score_heldout(loaded.model, text, settings)
     clock.lap("dense_evaluation")
     _bootstrap(run, loaded, calibration, settings, console)

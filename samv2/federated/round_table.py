@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 
 class RoundTable:
@@ -37,6 +38,16 @@ class RoundTable:
     def __exit__(self, *_: object) -> None:
         if self._terminal:
             self._live.stop()
+
+    def working(self, what: str, done: int, of: int) -> None:
+        """Say below the table what goes on; only a terminal shows it."""
+        if self._terminal:
+            doing = {"train": "training", "evaluate": "scoring"}.get(what, what)
+            text = Text(f"{doing}: {done} of {of} clients are done", style="dim")
+            self._live.update(self._shown(text), refresh=True)
+
+    def _shown(self, text: Text) -> Group:
+        return Group(text) if self._table is None else Group(self._table, text)
 
     def start(self, perplexity: Mapping[str, float | None]) -> None:
         """Show the held-out perplexities before the first round."""

@@ -80,9 +80,16 @@ def run_embedded(
     place = client_place(run, settings)
     configs = [{"client": index} for index in range(settings.federation.clients)]
     workers = settings.federation.workers or os.cpu_count() or 1
-    make_app = partial(make_client_app, place)
-    with EmbeddedGrid(make_app, configs, to_flat(settings), workers=workers) as grid:
-        return federate(run, settings, prepared, grid, console)
+    table = RoundTable(console, settings.federation.rounds)
+    grid = EmbeddedGrid(
+        partial(make_client_app, place),
+        configs,
+        to_flat(settings),
+        workers=workers,
+        on_reply=table.working,
+    )
+    with grid:
+        return federate(run, settings, prepared, grid, table)
 
 
 def client_place(run: RunFolder, settings: Settings) -> ClientPlace:
@@ -100,15 +107,14 @@ def federate(
     settings: Settings,
     prepared: Prepared,
     grid: Grid,
-    console: Console,
+    table: RoundTable,
 ) -> dict[str, Any]:
     """Run the rounds that are left on a grid, log each, and write the summary."""
     begin = time.perf_counter()
     state, manifest, start_scores, spent = _restore(run, settings, prepared)
     facts: dict[str, Any] = {"start": start_scores, "seconds": spent}
-    rounds = settings.federation.rounds
     log = MetricsLog(run.root, keep_rounds=state.round)
-    with closing(log) as metrics, RoundTable(console, rounds) as table:
+    with closing(log) as metrics, table:
         if start_scores is not None:
             table.start(start_scores)
         for row in read_metrics(run.root):
@@ -167,7 +173,8 @@ def make_server_app() -> ServerApp:
         resume = RunFolder(root=root).config.exists()
         run = open_run(root, settings, resume=resume, overwrite=False)
         prepared = prepare(run, settings, console)
-        federate(run, settings, prepared, grid, console)
+        table = RoundTable(console, settings.federation.rounds)
+        federate(run, settings, prepared, grid, table)
 
     return app
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from samv2.common.errors import ModelError
@@ -83,8 +83,8 @@ def parse_layers(spec: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def check_convertible(llama: PreTrainedModel, settings: Settings) -> tuple[int, ...]:
-    """Check everything that can be checked before any long work.
+def check_convertible(config: PretrainedConfig, settings: Settings) -> tuple[int, ...]:
+    """Check everything that can be checked on a dense model's config, before long work.
 
     Returns:
         The indices of the layers to convert.
@@ -92,7 +92,6 @@ def check_convertible(llama: PreTrainedModel, settings: Settings) -> tuple[int, 
     Raises:
         ModelError: E does not divide the FFN, a layer is not there, the rank is too big.
     """
-    config = llama.config
     check_divisible(config.intermediate_size, settings.experts.num_experts)
     for name, value in (
         ("adapter.rank", settings.adapter.rank),
@@ -131,7 +130,7 @@ def bootstrap(
     Raises:
         ModelError: see :func:`check_convertible`.
     """
-    layers = check_convertible(llama, settings)
+    layers = check_convertible(llama.config, settings)
     experts = settings.experts
     config = ExpertModelConfig(
         layers=layers,

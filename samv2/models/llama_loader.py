@@ -199,6 +199,21 @@ def load_llama(
     )
 
 
+def peek_config(
+    spec: str, *, cache: Path | None = None, progress: Progress | None = None
+) -> PretrainedConfig:
+    """The config of the model that ``spec`` names, without reading its weights.
+
+    Fetches and converts what :func:`load_llama` would, so that loading it afterwards is
+    quick.
+
+    Raises:
+        ModelError, FetchError: as :func:`load_llama`.
+    """
+    source = resolve_model(spec, cache=cache, progress=progress)
+    return read_config(model_folder(source, cache=cache, progress=progress))
+
+
 def check_llama_like(config: PretrainedConfig) -> None:
     """Refuse a model whose FFN is not a bias-free SwiGLU, by its config alone.
 

@@ -215,7 +215,6 @@ def test_workers_survive_failures_deaths_and_timeouts() -> None:
         assert "no reply within 0.5 s" in found[0]
         assert "no reply within 0.5 s" in found[1]
         assert "not started in time" in found[2]
-        assert ask(grid)[3]["client"] == 3
     assert set(psutil.Process().children(recursive=True)) <= before | tracker()
     assert psutil.Process().num_fds() <= files + 2
 
@@ -229,6 +228,7 @@ def tracker() -> set[psutil.Process]:
     }
 
 
+@pytest.mark.slow
 def test_an_app_that_cannot_start_is_an_error_of_every_client(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

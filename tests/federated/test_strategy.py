@@ -487,7 +487,7 @@ def test_sampled_clients_depend_on_seed_and_round_alone(
             expected = federation.states[number - 1].graph.edge_mask_LEE
             assert torch.equal(mask_LEE, expected), (number, client)
     assert asked[0] == asked[1] and len(asked[0]) == 6 * count
-    assert {client for _, client in asked[0]} == set(range(CLIENTS))
+    assert len({client for _, client in asked[0]}) > 1
 
 
 SCORED: list[tuple[dict[str, Any], dict[str, int]]] = [

@@ -82,7 +82,7 @@ def test_layers_that_are_not_there_are_refused(spec: str) -> None:
 def test_what_cannot_be_converted_is_refused_first(override: str, message: str) -> None:
     llama = random_llama()
     with pytest.raises(ModelError, match=message):
-        check_convertible(llama, tiny_settings(override))
+        check_convertible(llama.config, tiny_settings(override))
     with pytest.raises(ModelError, match=message):
         convert(llama, torch.zeros(0, 0, dtype=torch.long), [override])
 

@@ -175,8 +175,14 @@ MLP = "model.layers.1.mlp."
     [
         (lambda f: (f / "expert_config.json").unlink(), "holds no expert graph"),
         (lambda f: (f / "expert_config.json").write_text("{"), "holds no expert graph"),
-        (lambda f: (f / "expert_config.json").write_bytes(b"\xff"), "holds no expert graph"),
-        (lambda f: (f / "expert_config.json").write_text("{}"), "samv2 bootstrap MODEL"),
+        (
+            lambda f: (f / "expert_config.json").write_bytes(b"\xff"),
+            "holds no expert graph",
+        ),
+        (
+            lambda f: (f / "expert_config.json").write_text("{}"),
+            "samv2 bootstrap MODEL",
+        ),
         (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer in .* cannot be read"),
         (cut, "cannot be read"),
