@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from samv2.common.errors import CheckpointError, ConfigError, DataError
 from samv2.common.fetch import cache_dir
@@ -48,6 +48,7 @@ from samv2.models.save import (
     load_expert_model,
     save_expert_model,
 )
+from samv2.updates.sparsify import FRAME_BYTES, packed_bound
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRACED_TOKENS = 128
@@ -141,6 +142,30 @@ def make_text(
     return text
 
 
+def check_budget(config: PretrainedConfig, settings: Settings) -> None:
+    """Refuse an upload budget that not even one expert fits into.
+
+    Args:
+        config: of the dense model; gives the size of an expert's block.
+        settings: rank, number of experts, codec and budget.
+
+    Raises:
+        ConfigError: every update would be empty.
+    """
+    experts, federation = settings.experts.num_experts, settings.federation
+    rows = config.intermediate_size // experts
+    block = 3 * rows * settings.adapter.rank + config.hidden_size + 2 + experts
+    needed = FRAME_BYTES + packed_bound(block, federation.codec)
+    if federation.update_budget_bytes < needed:
+        raise ConfigError(
+            [
+                f"federation.update_budget_bytes is {federation.update_budget_bytes}, "
+                f"but one expert's update takes {needed} with codec "
+                f"{federation.codec!r}; raise it, or lower adapter.rank"
+            ]
+        )
+
+
 def calibration_windows(
     calibration: Mapping[str, Tensor], total_tokens: int, length: int
 ) -> Tensor:
@@ -181,9 +206,9 @@ def score_heldout(
 
 def _from_dense(run: RunFolder, settings: Settings, console: Console) -> Prepared:
     clock = _Clock()
-    check_convertible(
-        peek_config(settings.model.path, progress=console.print), settings
-    )
+    config = peek_config(settings.model.path, progress=console.print)
+    check_convertible(config, settings)
+    check_budget(config, settings)
     loaded = load_llama(settings.model.path, dtype=DTYPES[settings.model.dtype])
     clock.lap("load")
     text = make_text(run, loaded.tokenizer, settings, console)
@@ -243,6 +268,7 @@ def _from_expert_model(
     ]
     if faults:
         raise ConfigError(faults)
+    check_budget(model.config, settings)
     clock.lap("load")
     text = make_text(run, tokenizer, settings, console)
     _say_text(text, console)

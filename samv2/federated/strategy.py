@@ -6,6 +6,7 @@ message API is used.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,8 @@ from samv2.federated.server_merge import (
 from samv2.federated.validate import LARGEST_LOSS, validate_reply
 from samv2.models.perplexity import Score
 from samv2.updates.packing import Manifest
+
+log = logging.getLogger(__name__)
 
 ENROL_SECONDS = 120.0
 LONGEST_DETAIL = 2000
@@ -309,12 +312,19 @@ class SamStrategy(Strategy):
         A score counts for a domain of the settings, with as many tokens as the windows
         hold at most, once for every node that was asked.
         """
-        federation, length = (
-            self.settings.federation,
-            self.settings.train.sequence_length,
-        )
+        answered = list(replies)
+        for message in answered:
+            if message.has_error():
+                log.warning(
+                    "round %d: node %d has not scored its held-out text: %s",
+                    server_round,
+                    message.metadata.src_node_id,
+                    _first_line(message),
+                )
+        federation = self.settings.federation
+        length = self.settings.train.sequence_length
         self._scores = sum_scores(
-            replies,
+            answered,
             nodes=set(self._clients),
             domains={parse_domain(spec)[0] for spec in self.settings.data.domains},
             most_tokens=federation.eval_windows * (length - 1),

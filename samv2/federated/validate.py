@@ -67,7 +67,12 @@ def validate_reply(
         )
     layers, experts = state.graph.edge_mask_LEE.shape[:2]
     counts = unpack_usage(
-        reply.usage, layers, experts, round=current, max_count=reply.tokens
+        reply.usage,
+        layers,
+        experts,
+        round=current,
+        max_count=reply.tokens,
+        max_visits=reply.tokens * settings.experts.experts_per_token,
     )
     update = unpack(reply.update, manifest, round=current)
     if not update:

@@ -90,7 +90,7 @@ def toy_client_app(folder: Path, masks: list[tuple[int, int, Tensor]]) -> Client
         seed = 10 * request.round + client
         reply = TrainReply(
             update=pack(toy_update(seed), toy_manifest(), round=request.round),
-            usage=pack_usage(toy_counts(seed, 60), round=request.round),
+            usage=pack_usage(toy_counts(seed, 12), round=request.round),
             graph_version=graph.version,
             examples=client + 1,
             tokens=64,
@@ -290,6 +290,10 @@ ATTACKS: dict[str, tuple[Tamper, str]] = {
     "stale usage": (altered(usage=pack_usage(toy_counts(), round=3)), "round"),
     "boastful usage": (
         altered(usage=pack_usage(toy_counts(1, 4000), round=1)),
+        "usage_range",
+    ),
+    "boastful layer": (
+        altered(usage=pack_usage(toy_counts(1, 60), round=1)),
         "usage_range",
     ),
     "wrong graph version": (altered(graph_version=4), "graph_version"),
@@ -545,6 +549,19 @@ def test_scores_count_once_for_every_node_that_was_asked() -> None:
         replies, nodes={100, 101, 102, 103}, domains={"python"}, most_tokens=10
     )
     assert found["python"].nll == 3.0 and found["python"].tokens == 20
+
+
+def test_a_client_that_cannot_score_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = EmbeddedGrid(ClientApp, [{}], {})
+    request = grid.create_message(RecordDict(), "evaluate", FIRST_NODE, "1")
+    failed = Message(Error(2, "ValueError: no text\nlines"), reply_to=request)
+    strategy = Federation(tmp_path).strategy
+    assert dict(strategy.aggregate_evaluate(4, [failed])) == {}
+    (record,) = caplog.records
+    assert record.getMessage().startswith("round 4: node 100 has not scored")
+    assert record.getMessage().endswith("ValueError: no text")
 
 
 def answering(answers: list[Any]) -> EmbeddedGrid:

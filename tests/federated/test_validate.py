@@ -38,7 +38,7 @@ def frame_of(blocks: dict[int, torch.Tensor], *, round: int = 1) -> bytes:
 
 def usage_of(largest: int, *, round: int = 1) -> bytes:
     """A usage frame whose largest count is ``largest``."""
-    counts = toy_counts(1, largest)
+    counts = toy_counts(1, largest // 10)
     counts.usage_LEE[0, 0, 0] = largest
     return pack_usage(counts, round=round)
 
@@ -51,7 +51,7 @@ def test_a_valid_reply_passes_with_what_the_server_knows() -> None:
     assert valid.contribution.weight == 8.0
     assert valid.bytes_up == reply_bytes(reply) == len(reply.update + reply.usage) + 40
     assert valid.counts.usage_LEE[0, 0, 0] == 64
-    assert torch.equal(valid.counts.usage_LEE[1], toy_counts(1, 64).usage_LEE[1])
+    assert torch.equal(valid.counts.usage_LEE[1], toy_counts(1, 6).usage_LEE[1])
 
 
 def test_the_claimed_examples_are_capped() -> None:
@@ -105,6 +105,16 @@ def test_counts_may_not_exceed_the_tokens_of_the_reply_itself() -> None:
     check(toy_reply(tokens=30, usage=usage_of(30)))
     with pytest.raises(FrameError, match="0..20"):
         check(toy_reply(tokens=20, usage=usage_of(30)))
+
+
+def test_a_layer_has_no_more_visits_than_its_tokens_can_have_made() -> None:
+    counts = zero_counts(LAYERS, EXPERTS)
+    counts.usage_LEE[1, 0, :2] = 64
+    check(toy_reply(usage=pack_usage(counts, round=1)))
+    counts.usage_LEE[1, 2, 2] = 1
+    with pytest.raises(FrameError, match="129 visits.*128") as caught:
+        check(toy_reply(usage=pack_usage(counts, round=1)))
+    assert caught.value.reason == "usage_range"
 
 
 def test_no_visits_at_all_are_believed() -> None:
