@@ -30,6 +30,13 @@ def register(verbs: Any) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model in DIR"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the exported weights; bfloat16 halves the size and rounds what was "
+        "trained (default: float32)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -37,13 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     from samv2.common.files import replace_folder
     from samv2.common.telemetry import make_console
+    from samv2.federated.prepare import DTYPES
     from samv2.federated.run_folder import check_output, load_model_or_run
     from samv2.models.save import export_dense
 
     output: Path = arguments.output
     check_output(output, overwrite=arguments.overwrite, expert=False)
     model, tokenizer, name = load_model_or_run(arguments.model)
-    dense = export_dense(model)
+    dense = export_dense(model, dtype=DTYPES[arguments.dtype])
     with replace_folder(output) as folder:
         dense.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

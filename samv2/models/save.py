@@ -236,19 +236,24 @@ def _check_keys(missing: list[str], unexpected: list[str], *, tied: bool) -> Non
 
 
 @torch.no_grad()
-def export_dense(model: ExpertModel) -> torch.nn.Module:
+def export_dense(
+    model: ExpertModel, *, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
     """A plain Hugging Face model with adapters merged and experts re-joined.
 
     Its logits are those of the expert model at K = E walking the full graph, i.e. with
-    every expert visited.
+    every expert visited, where both compute in float32.
+
+    Args:
+        model: base weights in any dtype.
+        dtype: of the result; float32 keeps all of what was trained, bfloat16 rounds the
+            merged weights and halves the size.
 
     Raises:
         ModelError: the combine weights or chains make the K = E model no plain FFN.
     """
     with no_init_weights():
-        dense = AutoModelForCausalLM.from_config(
-            model.config, dtype=model.llama.model.embed_tokens.weight.dtype
-        )
+        dense = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     target = dense.state_dict()
     source = model.llama.state_dict()
     for name in target:

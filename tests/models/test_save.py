@@ -25,7 +25,7 @@ from samv2.models.save import (
     load_expert_model,
     save_expert_model,
 )
-from tests.helpers import assert_close, convert, randn
+from tests.helpers import VOCAB, assert_close, convert, generator, randn
 
 EVERY = WalkOptions(experts_per_token=8, use_assembler=False)
 
@@ -298,3 +298,18 @@ def test_what_is_no_plain_ffn_is_not_exported(
         getattr(model.expert_layers[2], parameter).data.fill_(0.1)
     with pytest.raises(ModelError, match=message):
         export_dense(model)
+
+
+def test_a_bfloat16_model_exports_without_rounding(tiny_llama_folder: Path) -> None:
+    llama = LlamaForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.bfloat16)
+    calibration = torch.randint(VOCAB, (8, 32), generator=generator(0))
+    model = convert(llama.eval(), calibration).model
+    for layer in model.expert_layers:
+        values = randn(*layer.adapter_gate_EFR.shape, seed=layer.layer)
+        layer.adapter_gate_EFR.data.copy_(0.05 * values)
+    dense = export_dense(model)
+    tokens_BS = torch.randint(VOCAB, (2, 24), generator=generator(1))
+    full = WalkOptions(experts_per_token=8, use_assembler=False)
+    expected = model.float()(tokens_BS, walk_options=full).logits
+    assert dense.dtype == torch.float32
+    assert_close("logits", dense(tokens_BS).logits, expected, "logits")
