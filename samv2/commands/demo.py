@@ -23,8 +23,8 @@ def register(verbs: Any) -> None:
     parser = verbs.add_parser(
         "demo",
         help="fetch a small real model and real text, and run a federation (minutes)",
-        description="Fetches a 135M-parameter model and real text of four domains (about "
-        "170 MB, once), turns the model into an expert graph, trains it across four "
+        description="Fetches a 135M-parameter model and real text of six domains (about "
+        "190 MB, once), turns the model into an expert graph, trains it across six "
         "clients, and reports. Takes a few minutes on two CPU cores.",
     )
     add_settings_options(parser, default="demo")

@@ -37,28 +37,34 @@ def show_summary(summary: Mapping[str, Any], root: Path, console: Console) -> No
     seconds = sum(summary["seconds"].values())
     known = [v for v in summary["domains"].values() if v["start"] and v["final"]]
     improved = sum(values["final"] < values["start"] for values in known)
-    start, final = (_mean([v[part] for v in known]) for part in ("start", "final"))
+    dense, start, final = (
+        _mean([v[part] for v in known if v[part]])
+        for part in ("dense", "start", "final")
+    )
+    before = f" (the dense model had {dense:.2f})" if dense else ""
     console.print(
         f"\n[bold]What happened.[/bold] {summary['clients']} clients trained "
-        f"{summary['model']} for {summary['rounds']} rounds without sharing a sentence of "
-        f"text. Held-out perplexity fell on {improved} of {len(rows)} domains (geometric "
-        f"mean {_number(start)} -> {_number(final)}), with {summary['ffn_flops_fraction']:.0%} of "
-        "the dense model's FFN arithmetic."
+        f"{summary['model']} for {summary['rounds']} rounds without sharing a sentence "
+        f"of text. Held-out perplexity fell on {improved} of {len(rows)} domains: "
+        f"geometric mean {_number(start)} -> {_number(final)}{before}, with "
+        f"{summary['ffn_flops_fraction']:.0%} of the dense model's FFN arithmetic."
     )
     console.print(
-        f"A client uploaded at most {up / 1000:,.0f} kB a round: 1/{fedit / max(up, 1):.0f} of "
-        f"what rank-8 LoRA on the same layers (FedIT) sends ({fedit / 1e6:.2f} MB). "
-        f"{summary['edits']} graph edits, {summary['refused']} refused replies, "
-        f"{seconds:.0f} s in all."
+        f"A client uploaded at most {up / 1000:,.0f} kB a round: "
+        f"1/{fedit / max(up, 1):.0f} of what rank-8 LoRA on the same layers (FedIT) sends "
+        f"({fedit / 1e6:.2f} MB). {summary['edits']} graph edits, {summary['refused']} "
+        f"refused replies, {seconds:.0f} s in all."
     )
-    console.print(
-        f"\n[bold]What next.[/bold]\n"
-        f"  samv2 eval {root}                     score it again, or on your own text "
-        "(--text NAME=FILE)\n"
-        f"  samv2 export {root} --output my-model   a plain Hugging Face folder\n"
-        f"  samv2 train --help                  your own model, text, clients\n"
-        f"  tensorboard --logdir {root}           curves; everything else is in {root}/"
-    )
+    steps = {
+        f"samv2 eval {root}": "score it again; --text NAME=FILE for your own text",
+        f"samv2 export {root} --output my-model": "a plain Hugging Face folder",
+        "samv2 train --help": "your own model, text and clients",
+        f"tensorboard --logdir {root}": f"curves; everything else is in {root}/",
+    }
+    width = max(map(len, steps))
+    console.print("\n[bold]What next.[/bold]")
+    for command, meaning in steps.items():
+        console.print(f"  {command:<{width}}  {meaning}")
 
 
 def _number(value: float | None) -> str:

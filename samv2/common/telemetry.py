@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
+from transformers.utils.logging import disable_progress_bar
 
 from samv2.common.files import write_bytes
 
@@ -36,10 +37,15 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def log_to(console: Console, *, verbose: bool = False) -> None:
-    """Send the product's log records to the console, warnings of libraries too."""
+    """Send the product's log records to the console, warnings of libraries too.
+
+    Unless ``verbose``, transformers' own progress bars are off: the product shows its.
+    """
     handler = RichHandler(console=console, show_path=False, rich_tracebacks=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
     logging.getLogger("samv2").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if not verbose:
+        disable_progress_bar()
 
 
 @contextmanager
