@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 
-from samv2.common.fetch import cache_dir
 from samv2.common.files import write_bytes, write_json
 from samv2.common.settings import Settings
 from samv2.common.telemetry import progress_bar

@@ -27,14 +27,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from samv2.common.errors import ModelError
 from samv2.common.fetch import Progress
-from samv2.models.llama_loader import (
-    LoadedModel,
-    model_fingerprint,
-    model_folder,
-    read_tokenizer,
-    read_weights,
-    resolve_model,
-)
+from samv2.models.llama_loader import LoadedModel, model_folder, resolve_model
+from samv2.models.model_files import model_fingerprint, read_tokenizer, read_weights
 
 
 def load_llama_nf4(

@@ -24,15 +24,14 @@ from transformers import (
 )
 
 from samv2.common.errors import ModelError
-from samv2.models import llama_loader
+from samv2.models import gguf_conversion, llama_loader
 from samv2.models.llama_loader import (
     SMOLLM2_GGUF,
     SMOLLM2_SHA256,
-    check_llama_like,
     load_llama,
-    model_fingerprint,
     resolve_model,
 )
+from samv2.models.model_files import check_llama_like, model_fingerprint
 
 VOCAB = 264  # 256 bytes, the end token and 7 merges
 TEXT = "the cat and the hat and the bat sat on the mat"
@@ -399,7 +398,7 @@ def test_gguf_is_converted_once_whatever_its_name(
     said: list[str] = []
     first = load_llama(str(gguf_file), cache=tmp_path, progress=said.append)
     assert said == ["Converting tiny.gguf to safetensors, once."]
-    monkeypatch.setattr(llama_loader, "_convert_gguf", None)
+    monkeypatch.setattr(gguf_conversion, "_convert_gguf", None)
     copy = tmp_path / "other.GGUF"
     copy.write_bytes(gguf_file.read_bytes())
     second = load_llama(str(copy), cache=tmp_path)

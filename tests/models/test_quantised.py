@@ -15,7 +15,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from samv2.common.errors import ModelError
-from samv2.models.llama_loader import load_llama, model_fingerprint
+from samv2.models.llama_loader import load_llama
+from samv2.models.model_files import model_fingerprint
 from samv2.models.quantised import (
     attach_qlora,
     evaluation_mode,
