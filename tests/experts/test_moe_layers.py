@@ -20,7 +20,7 @@ from samv2.experts.moe_layers import (
     to_positions,
 )
 from samv2_kernels import ExpertWeights, Surrogates, Walk, count_usage
-from tests.helpers import assert_close, generator, randn
+from tests.helpers import assert_close, randn
 
 EXPERTS, ROWS, WIDTH, RANK = 6, 4, 8, 2
 COMPLETE = torch.ones(EXPERTS, EXPERTS, dtype=torch.bool).triu()
