@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from samv2.common.config import describe_settings, load_settings
+from samv2.common.config import describe_settings, given_values, load_settings
 from samv2.common.settings import Settings
 from samv2.configs import config_path
 
@@ -49,9 +50,23 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:
-    """Settings of the parsed ``--config`` and ``--set``."""
+    """Settings of the parsed ``--config`` and ``--set``.
+
+    A bootstrapped folder as ``model.path`` brings its own conversion settings as
+    defaults. A model's path becomes absolute, so that a run can be resumed from
+    anywhere.
+    """
+    from samv2.models.save import conversion_settings, is_expert_model
+
     path = config_path(arguments.config) if arguments.config else None
-    return load_settings(path, arguments.overrides)
+    values, _ = given_values(path, arguments.overrides)
+    given = str(values.get("model.path", "smollm2"))
+    folder = Path(given).expanduser()
+    if given == "smollm2" or not folder.exists():
+        return load_settings(path, arguments.overrides)
+    defaults = conversion_settings(folder) if is_expert_model(folder) else {}
+    settings = load_settings(path, arguments.overrides, defaults=defaults)
+    return replace(settings, model=replace(settings.model, path=str(folder.resolve())))
 
 
 def settings_help() -> str:

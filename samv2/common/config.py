@@ -34,7 +34,25 @@ def load_settings(
         ConfigError: with every fault found: unreadable file, unknown keys (with the
             nearest known one), values of the wrong type, values out of range.
     """
-    values: dict[str, Any] = dict(defaults or {})
+    given, faults = given_values(path, overrides)
+    settings, found = _read_flat({**(defaults or {}), **given})
+    if settings is None or faults:
+        raise ConfigError(faults + found)
+    return settings
+
+
+def given_values(
+    path: Path | None, overrides: Iterable[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The flat dotted values of a file and of overrides as they stand, unchecked.
+
+    Returns:
+        The values, and the overrides at fault as sentences.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    values: dict[str, Any] = {}
     if path is not None:
         try:
             values |= flatten(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -51,10 +69,7 @@ def load_settings(
             values[key.strip()] = text.strip()
         else:
             faults.append(f"--set {item!r} has no '='; write key=value")
-    settings, found = _read_flat(values)
-    if settings is None or faults:
-        raise ConfigError(faults + found)
-    return settings
+    return values, faults
 
 
 def settings_from_flat(values: Mapping[str, Any]) -> Settings:

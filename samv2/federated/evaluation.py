@@ -21,7 +21,7 @@ from samv2.data.shards import load_federated_text
 from samv2.data.sources import parse_domain
 from samv2.data.tokens import tokenize_documents, windows
 from samv2.data.user_text import read_user_text
-from samv2.federated.prepare import DTYPES, make_corpus
+from samv2.federated.prepare import DTYPES
 from samv2.federated.run_folder import (
     RunFolder,
     is_run,
@@ -29,6 +29,7 @@ from samv2.federated.run_folder import (
     stored_settings,
 )
 from samv2.federated.run_logs import perplexities
+from samv2.federated.run_text import make_corpus
 from samv2.models.llama_loader import load_llama
 from samv2.models.perplexity import Score, score_windows
 from samv2.models.save import is_expert_model

@@ -15,8 +15,9 @@ from samv2.data.corpus import Corpus
 from samv2.data.tokens import tokenize_documents, windows
 from samv2.experts.emoe_cluster import format_stats
 from samv2.experts.moe_layers import WalkOptions
-from samv2.federated.prepare import DTYPES, calibration_windows, make_corpus
+from samv2.federated.prepare import DTYPES
 from samv2.federated.run_folder import check_output
+from samv2.federated.run_text import calibration_windows, make_corpus
 from samv2.models.bootstrap import bootstrap, check_convertible
 from samv2.models.llama_loader import load_llama, peek_config
 from samv2.models.perplexity import score_windows

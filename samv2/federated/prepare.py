@@ -17,19 +17,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
-from samv2.common.errors import CheckpointError, ConfigError, DataError
-from samv2.common.fetch import cache_dir
+from samv2.common.config import to_flat
+from samv2.common.errors import CheckpointError, ConfigError
 from samv2.common.files import write_bytes, write_json
 from samv2.common.settings import Settings
 from samv2.common.telemetry import progress_bar
-from samv2.data.corpus import Corpus, PartSizes, build_corpus
-from samv2.data.shards import (
-    FederatedText,
-    build_federated_text,
-    save_federated_text,
-)
+from samv2.data.shards import FederatedText
 from samv2.data.sources import parse_domains
 from samv2.data.tokens import windows
 from samv2.experts.emoe_cluster import format_stats
@@ -39,10 +34,18 @@ from samv2.federated.run_logs import (
     write_call_trace,
     write_mask_debug,
 )
-from samv2.models.bootstrap import bootstrap, check_convertible
+from samv2.federated.run_text import (
+    calibration_windows,
+    make_text,
+    say_text,
+    traced_sequences,
+)
+from samv2.models.bootstrap import bootstrap, check_convertible, parse_layers
+from samv2.models.expert_model import ExpertModel
 from samv2.models.llama_loader import LoadedModel, load_llama, peek_config
 from samv2.models.perplexity import Score, score_windows
 from samv2.models.save import (
+    conversion_settings,
     expert_fingerprint,
     is_expert_model,
     load_expert_model,
@@ -51,7 +54,6 @@ from samv2.models.save import (
 from samv2.updates.sparsify import FRAME_BYTES, packed_bound
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TRACED_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,58 +92,6 @@ def prepare(run: RunFolder, settings: Settings, console: Console) -> Prepared:
     return prepared
 
 
-def make_corpus(settings: Settings, console: Console) -> Corpus:
-    """The settings' domains, divided into train, calibration and held-out text.
-
-    A built-in source that cannot be fetched is left out with a message.
-    """
-    data = settings.data
-    return build_corpus(
-        data.domains,
-        cache=cache_dir(),
-        seed=settings.seed,
-        sizes=PartSizes(
-            heldout_bytes=data.heldout_bytes,
-            calibration_bytes=data.calibration_bytes,
-            train_bytes=data.train_bytes,
-            min_train_bytes=min(data.train_bytes, PartSizes().min_train_bytes),
-        ),
-        on_skip=lambda name, reason: console.print(
-            f"[yellow]domain {name} is left out: {reason}[/yellow]"
-        ),
-        progress=console.print,
-    )
-
-
-def make_text(
-    run: RunFolder,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
-    console: Console,
-) -> FederatedText:
-    """Corpus to client shards, saved in the run directory."""
-    length = settings.train.sequence_length
-    text = build_federated_text(
-        make_corpus(settings, console),
-        tokenizer,
-        num_clients=settings.federation.clients,
-        split=settings.data.split,
-        alpha=settings.data.alpha,
-        min_train_tokens=length,
-        heldout_window=length,
-        seed=settings.seed,
-    )
-    pieces = [stream for client in text.clients for stream in client.heldout.values()]
-    if all(len(stream) < length for stream in pieces):
-        raise DataError(
-            f"no domain has {length} tokens of held-out text (the longest has "
-            f"{max(map(len, pieces), default=0)}); raise data.heldout_bytes or lower "
-            "train.sequence_length"
-        )
-    save_federated_text(text, run.shards)
-    return text
-
-
 def check_budget(config: PretrainedConfig, settings: Settings) -> None:
     """Refuse an upload budget that not even one expert fits into.
 
@@ -164,28 +114,6 @@ def check_budget(config: PretrainedConfig, settings: Settings) -> None:
                 f"{federation.codec!r}; raise it, or lower adapter.rank"
             ]
         )
-
-
-def calibration_windows(
-    calibration: Mapping[str, Tensor], total_tokens: int, length: int
-) -> Tensor:
-    """(N, length) windows, the same number from every domain, about ``total_tokens``.
-
-    Raises:
-        DataError: no domain has a whole window.
-    """
-    per_domain = max(1, total_tokens // (length * max(1, len(calibration))))
-    parts = [
-        windows(stream, length, per_domain)
-        for stream in calibration.values()
-        if len(stream) >= length
-    ]
-    if not parts:
-        raise DataError(
-            f"no domain has {length} tokens of calibration text; raise "
-            "data.calibration_bytes or lower train.sequence_length"
-        )
-    return torch.cat(parts)
 
 
 def score_heldout(
@@ -212,7 +140,7 @@ def _from_dense(run: RunFolder, settings: Settings, console: Console) -> Prepare
     loaded = load_llama(settings.model.path, dtype=DTYPES[settings.model.dtype])
     clock.lap("load")
     text = make_text(run, loaded.tokenizer, settings, console)
-    _say_text(text, console)
+    say_text(text, console)
     calibration = calibration_windows(
         text.calibration,
         settings.experts.calibration_tokens,
@@ -254,26 +182,30 @@ def _from_expert_model(
     """Use a bootstrapped folder as it is; its conversion settings must be the run's."""
     clock = _Clock()
     model, tokenizer = load_expert_model(folder)
-    config = model.expert_config
-    wanted = {
-        "experts.num_experts": (settings.experts.num_experts, config.num_experts),
-        "experts.num_shared": (settings.experts.num_shared, config.num_shared),
-        "adapter.rank": (settings.adapter.rank, config.adapter_rank),
-        "assembler.width": (settings.assembler.width, config.assembler_width),
-    }
-    faults = [
-        f"{key} is {asked}, but {folder} was bootstrapped with {has}; use {has}"
-        for key, (asked, has) in wanted.items()
-        if asked != has
-    ]
-    if faults:
-        raise ConfigError(faults)
+    _check_conversion(folder, model, settings)
     check_budget(model.config, settings)
     clock.lap("load")
     text = make_text(run, tokenizer, settings, console)
-    _say_text(text, console)
+    say_text(text, console)
     clock.lap("data")
     return _prepared(run, folder.name, text, settings, {}, clock)
+
+
+def _check_conversion(folder: Path, model: ExpertModel, settings: Settings) -> None:
+    """K may differ from the bootstrap's; everything else is in the weights."""
+    asked, made = to_flat(settings), conversion_settings(folder)
+    made.pop("experts.experts_per_token")
+    total = model.config.num_hidden_layers
+    if parse_layers(settings.experts.layers, total) == model.expert_config.layers:
+        made.pop("experts.layers")
+    faults = [
+        f"{key} is {asked[key]!r}, but {folder} was bootstrapped with {value!r}; use "
+        f"{value!r}, leave it out, or bootstrap again"
+        for key, value in made.items()
+        if asked[key] != value
+    ]
+    if faults:
+        raise ConfigError(faults)
 
 
 def _prepared(
@@ -286,7 +218,7 @@ def _prepared(
 ) -> Prepared:
     model, _ = load_expert_model(run_model(run, settings))
     model.set_experts_per_token(settings.experts.experts_per_token)
-    sequences = _sequences(text, settings)
+    sequences = traced_sequences(text, settings)
     first = torch.stack(list(sequences.values()))
     write_mask_debug(run.root, model, first)
     write_call_trace(run.root, model, sequences)
@@ -304,30 +236,6 @@ def _prepared(
             "tokens": text.index.token_heterogeneity,
         },
         seconds=clock.laps,
-    )
-
-
-def _sequences(text: FederatedText, settings: Settings) -> dict[str, Tensor]:
-    """The first calibration tokens of every domain, all of one length."""
-    streams = {
-        name: stream for name, stream in text.calibration.items() if len(stream) > 1
-    }
-    if not streams:
-        raise DataError(
-            "there is no calibration text; raise data.calibration_bytes "
-            f"(now {settings.data.calibration_bytes})"
-        )
-    length = min(TRACED_TOKENS, *(len(stream) for stream in streams.values()))
-    return {name: stream[:length].long() for name, stream in streams.items()}
-
-
-def _say_text(text: FederatedText, console: Console) -> None:
-    for client in text.clients:
-        console.print(f"  {client.description}, {len(client.train):,} train tokens")
-    console.print(
-        "  heterogeneity of the split (mean Jensen-Shannon distance of the clients, "
-        f"0 alike .. 1 disjoint): domains {text.index.category_heterogeneity:.2f}, "
-        f"tokens {text.index.token_heterogeneity:.2f}"
     )
 
 

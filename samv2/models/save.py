@@ -68,6 +68,28 @@ def is_expert_model(folder: Path) -> bool:
         return False
 
 
+def conversion_settings(folder: Path) -> dict[str, str | int | float | bool]:
+    """The settings that a bootstrapped folder was converted with, as flat dotted keys.
+
+    Raises:
+        ModelError: the folder's config is damaged.
+    """
+    config, _ = _read_config(Path(folder))
+    return {
+        "experts.num_experts": config.num_experts,
+        "experts.experts_per_token": config.experts_per_token,
+        "experts.num_shared": config.num_shared,
+        "experts.layers": ",".join(map(str, config.layers)),
+        "experts.combine": config.combine,
+        "experts.chains": config.chains,
+        "experts.surrogate_rank": config.surrogate_rank,
+        "adapter.rank": config.adapter_rank,
+        "adapter.scale": config.adapter_scale,
+        "assembler.width": config.assembler_width,
+        "assembler.prefix_tokens": config.prefix_tokens,
+    }
+
+
 def expert_fingerprint(model: ExpertModel) -> str:
     """Identity of a bootstrapped model: its config and every trainable start.
 
