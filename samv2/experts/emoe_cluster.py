@@ -35,6 +35,7 @@ class ClusterStats:
     """What one layer's clustering found; a line of ``cluster_stats.txt``."""
 
     layer: int
+    """Index of the decoder layer."""
     sizes: tuple[int, ...]
     inertia: float
     """Sum of squared distances to the cluster means."""

@@ -251,7 +251,7 @@ def _convert(
     gate_MD, up_MD = mlp.gate_proj.weight, mlp.up_proj.weight
     down_DM = mlp.down_proj.weight
     order, stats = cluster_layer(
-        position,
+        config.layers[position],
         gate_MD=gate_MD,
         up_MD=up_MD,
         down_DM=down_DM,
