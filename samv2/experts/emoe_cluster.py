@@ -23,9 +23,9 @@ from k_means_constrained import KMeansConstrained
 from torch import Tensor
 
 from samv2.common.errors import ModelError
+from samv2.common.settings import FEATURES
 from samv2.common.threads import one_thread
 
-FEATURES = ("coactivation", "gate", "gate_up_down")
 EMBEDDING_WIDTH = 64
 ACTIVE_FRACTION = 0.1
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from samv2.common.errors import ModelError
+from samv2.common.settings import COMBINES
 from samv2.experts.calibration import Gate
 from samv2_kernels import (
     ExpertAdapters,
@@ -34,7 +35,6 @@ from samv2_kernels import (
 )
 from samv2_kernels.reference import choose_topk
 
-COMBINES = ("unit", "softmax")
 GROUPING_PAYS_BELOW = 0.125
 """On a CPU, grouping beats the masked dense FFN below this share of visited experts."""
 

@@ -17,18 +17,18 @@ from samv2.common.callbacks import TrainerCallback
 from samv2.common.errors import FederationError, GraphError
 from samv2.common.settings import Settings
 from samv2.data.shards import load_client
-from samv2.data.tokens import windows
 from samv2.experts.graph import Edit, ExpertGraph, apply_edits
 from samv2.federated.client_state import (
     ClientState,
     load_client_state,
     save_client_state,
 )
+from samv2.federated.heldout import heldout_windows, score_domains
 from samv2.federated.local_step import LocalResult, local_step
 from samv2.federated.usage import pack_usage
 from samv2.models.adapters import assembler_id
 from samv2.models.expert_model import ExpertModel
-from samv2.models.perplexity import Score, score_windows
+from samv2.models.perplexity import Score
 from samv2.models.save import load_expert_model
 from samv2.updates.packing import Manifest, pack, unpack
 from samv2.updates.sparsify import next_residual, select_blocks, with_residual
@@ -166,18 +166,12 @@ def evaluate_round(
     graph = update_graph(None, request.graph)
     _load_round(runtime, request, graph)
     train = runtime.settings.train
-    shard = load_client(runtime.shards, client)
-    scores = {}
-    for domain, stream in shard.heldout.items():
-        if len(stream) < train.sequence_length:
-            continue
-        held_NS = windows(
-            stream, train.sequence_length, runtime.settings.federation.eval_windows
-        )
-        scores[domain] = score_windows(
-            runtime.model, held_NS, batch_size=train.batch_size
-        )
-    return scores
+    held = heldout_windows(
+        [load_client(runtime.shards, client)],
+        train.sequence_length,
+        runtime.settings.federation.eval_windows,
+    )
+    return score_domains(runtime.model, held, batch_size=train.batch_size)
 
 
 def update_graph(known: ExpertGraph | None, message: GraphMessage) -> ExpertGraph:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 from samv2.common.config import load_settings
 from samv2.common.errors import (
@@ -21,7 +20,7 @@ from samv2.data.shards import load_federated_text
 from samv2.data.sources import parse_domain
 from samv2.data.tokens import tokenize_documents, windows
 from samv2.data.user_text import read_user_text
-from samv2.federated.prepare import DTYPES
+from samv2.federated.heldout import Held, heldout_windows, score_domains
 from samv2.federated.run_folder import (
     RunFolder,
     is_run,
@@ -30,12 +29,8 @@ from samv2.federated.run_folder import (
 )
 from samv2.federated.run_logs import perplexities
 from samv2.federated.run_text import make_corpus
-from samv2.models.llama_loader import load_llama
-from samv2.models.perplexity import Score, score_windows
+from samv2.models.llama_loader import DTYPES, load_llama
 from samv2.models.save import is_expert_model
-
-Held = dict[str, list[Tensor]]
-"""{domain: (N, S) windows, one tensor a client}."""
 
 
 def evaluate(
@@ -105,7 +100,8 @@ def evaluate(
         "name": name,
         "domains": list(held),
         "models": {
-            label: perplexities(_score(model, held)) for label, model in models.items()
+            label: perplexities(score_domains(model, held))
+            for label, model in models.items()
         },
         "windows": limit,
         "sequence_length": settings.train.sequence_length,
@@ -116,15 +112,6 @@ def _dense(settings: Settings, console: Console) -> Any:
     return load_llama(
         settings.model.path, dtype=DTYPES[settings.model.dtype], progress=console.print
     )
-
-
-def _score(model: Any, held: Held) -> dict[str, Score]:
-    found = {}
-    for name, parts in held.items():
-        found[name] = Score(nll=0.0, tokens=0)
-        for windows_NS in parts:
-            found[name] = found[name] + score_windows(model, windows_NS)
-    return found
 
 
 def read_own_texts(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -169,11 +156,7 @@ def _heldout(
             raise CheckpointError(
                 f"{run.root} has no shards yet; let `samv2 train --resume` prepare it"
             )
-        for client in load_federated_text(run.shards).clients:
-            for name, stream in client.heldout.items():
-                if len(stream) >= length:
-                    held.setdefault(name, []).append(windows(stream, length, limit))
-        return held
+        return heldout_windows(load_federated_text(run.shards).clients, length, limit)
     for name, text in make_corpus(settings, console).domains.items():
         stream = tokenize_documents(tokenizer, text.heldout)
         held[name] = [windows(stream, length, limit)]

