@@ -134,7 +134,7 @@ def train_llama(token_ids: Tensor) -> LlamaForCausalLM:
 
 
 def tiny_settings(*overrides: str) -> Settings:
-    """Settings that fit the tiny model: E = 8, K = 4, all layers, short prefix."""
+    """Settings that fit the tiny model: E = 8, K = 4 in all layers, short prefix."""
     return load_settings(
         None,
         [
@@ -143,6 +143,8 @@ def tiny_settings(*overrides: str) -> Settings:
             "experts.num_shared=1",
             "experts.layers=all",
             "experts.surrogate_rank=4",
+            "experts.repair_rank=4",
+            "experts.allocate=false",
             "adapter.rank=4",
             "assembler.prefix_tokens=8",
             *overrides,

@@ -9,10 +9,12 @@ from samv2_kernels.reference import (
     ExpertWeights,
     Surrogates,
     UsageCounts,
+    Visits,
     Walk,
     count_usage,
     grouped_experts,
     masked_dense_experts,
+    visit,
     walk,
 )
 
@@ -23,9 +25,11 @@ __all__ = [
     "ExpertWeights",
     "Surrogates",
     "UsageCounts",
+    "Visits",
     "Walk",
     "count_usage",
     "grouped_experts",
     "masked_dense_experts",
+    "visit",
     "walk",
 ]

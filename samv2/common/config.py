@@ -142,7 +142,7 @@ def flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
 def to_flat(settings: Settings) -> dict[str, str | int | float | bool]:
     """All settings as flat scalars (tuples joined by commas), e.g. for Flower."""
     return {
-        key: ",".join(value) if isinstance(value, tuple) else value
+        key: ",".join(map(str, value)) if isinstance(value, tuple) else value
         for key, value in flatten(asdict(settings)).items()
     }
 
@@ -187,7 +187,11 @@ def _convert(value: Any, kind: type) -> Any:
             raise ValueError("write a string")
         return value
     if isinstance(value, str):
-        return tuple(item.strip() for item in value.split(",") if item.strip())
+        value = tuple(item.strip() for item in value.split(",") if item.strip())
+    if kind == tuple[int, ...]:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError("write a list of whole numbers")
+        return tuple(_convert(item, int) for item in value)
     if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
         return tuple(value)
     raise ValueError("write a list of strings")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from samv2.common.errors import ConfigError
 
 FEATURES = ("coactivation", "gate", "gate_up_down")
-GATES = ("ridge", "avg_k")
+GATES = ("ridge", "ridge_log", "avg_k")
 COMBINES = ("unit", "softmax")
 SPLITS = ("domain", "shards", "dirichlet")
 CODECS = ("raw", "bf16", "f16", "int8", "int4")
@@ -48,17 +48,37 @@ class ExpertSettings:
     cluster_starts: int = 3
     """Starts of the clustering; the best is kept."""
     gate: str = "ridge"
-    """``ridge`` (calibrated) or ``avg_k`` (EMoE)."""
+    """``ridge`` or ``ridge_log`` (calibrated), or ``avg_k`` (EMoE)."""
     combine: str = "unit"
     """``unit`` (function-preserving) or ``softmax`` (EMoE)."""
     surrogate_rank: int = 32
     """Q of the linear stand-ins; 0 turns them off."""
-    calibration_tokens: int = 12_288
+    calibration_tokens: int = 24_576
     """Tokens of calibration text, over all domains."""
+    repair: bool = True
+    """Refit the down projections and a linear stand-in for K visits, layer by layer."""
+    repair_rank: int = 64
+    """Rank of the repairs' linear stand-in; at most the model's width is used."""
+    other_k: tuple[int, ...] = ()
+    """More values of K to repair, beside experts_per_token."""
+    allocate: bool = False
+    """Let layers differ in their visits, at no more arithmetic than K everywhere."""
     chain_degree: int = 2
     """Predecessors that each expert gets from co-activation at the start."""
     chains: bool = False
     """Let edges carry data (trainable strengths, one pass a depth)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings:
+    """The bootstrap's light gradient stage."""
+
+    steps: int = 0
+    """Optimiser steps on the calibration text; 0 leaves the stage out."""
+    batch_size: int = 4
+    """Windows a step."""
+    learning_rate: float = 2e-4
+    """AdamW's for the repairs; gates learn ten times faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +205,7 @@ class Settings:
     """Of everything random; 0 to 2^32 - 1."""
     model: ModelSettings = field(default_factory=ModelSettings)
     experts: ExpertSettings = field(default_factory=ExpertSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     assembler: AssemblerSettings = field(default_factory=AssemblerSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -240,6 +261,20 @@ def _model_faults(settings: Settings) -> Iterator[str]:
     yield from _below("experts.surrogate_rank", experts.surrogate_rank, 0)
     yield from _below("experts.calibration_tokens", experts.calibration_tokens, 256)
     yield from _below("experts.chain_degree", experts.chain_degree, 0)
+    yield from _below("experts.repair_rank", experts.repair_rank, 0)
+    for k in experts.other_k:
+        if not least <= k <= experts.num_experts:
+            yield (
+                f"experts.other_k names {k}; K must lie in {least}.."
+                f"{experts.num_experts}"
+            )
+    yield from _below("distill.steps", settings.distill.steps, 0)
+    yield from _below("distill.batch_size", settings.distill.batch_size, 1)
+    if settings.distill.learning_rate <= 0:
+        yield (
+            f"distill.learning_rate is {settings.distill.learning_rate}; use a positive "
+            "number"
+        )
     yield from _below("adapter.rank", settings.adapter.rank, 1)
     yield from _below("assembler.width", settings.assembler.width, 0)
     yield from _below("assembler.prefix_tokens", settings.assembler.prefix_tokens, 1)

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from samv2.experts.emoe_cluster import leading_eigenvectors
+from samv2.experts.linear_algebra import leading_eigenvectors
 from samv2_kernels import ExpertWeights, Surrogates
 
 RIDGE = 1e-2
 """lambda as a fraction of the mean diagonal of X'X."""
+LEAST_GAIN = 1e-4
+"""Norms below this count as this much where their logarithm is taken."""
 LEAST_RIDGE = 1e-6
 """lambda where the inputs do not vary, e.g. a single token."""
 
@@ -51,14 +53,16 @@ class Moments:
     """W with W'W = (X'X + lambda I)^(-1): the inverse of its Cholesky factor."""
     weight_N: Tensor
     """Token weights, mean 1."""
+    level: float
+    """Mean of 1 / ||target||^2, which the weights were divided by."""
 
 
-def expert_hidden(x_ND: Tensor, weights: ExpertWeights, expert: int) -> Tensor:
-    """silu(W_g[e] x) * (W_u[e] x), (N, F) float32, computed in the weights' dtype."""
+def expert_hidden(x_ND: Tensor, weights: ExpertWeights) -> Tensor:
+    """silu(W_g x) * (W_u x) of all experts, (N, E, F), computed in the weights' dtype."""
     x_ND = x_ND.to(weights.gate_EFD.dtype)
-    gate_NF = x_ND @ weights.gate_EFD[expert].T
-    up_NF = x_ND @ weights.up_EFD[expert].T
-    return (silu(gate_NF) * up_NF).float()
+    gate_NM = x_ND @ weights.gate_EFD.flatten(0, 1).T
+    up_NM = x_ND @ weights.up_EFD.flatten(0, 1).T
+    return (silu(gate_NM) * up_NM).unflatten(1, weights.gate_EFD.shape[:2])
 
 
 def input_moments(x_ND: Tensor, target_norm_N: Tensor) -> Moments:
@@ -70,7 +74,8 @@ def input_moments(x_ND: Tensor, target_norm_N: Tensor) -> Moments:
             by their inverse squares.
     """
     weight_N = target_norm_N.float().clamp(min=1e-6).pow(-2)
-    weight_N = weight_N / weight_N.mean()
+    level = weight_N.mean()
+    weight_N = weight_N / level
     x_ND = x_ND.float()
     mean_D = (weight_N.unsqueeze(1) * x_ND).mean(dim=0)
     centred_ND = x_ND - mean_D
@@ -80,7 +85,12 @@ def input_moments(x_ND: Tensor, target_norm_N: Tensor) -> Moments:
     regular_DD = second_DD.double() + ridge.clamp(min=LEAST_RIDGE) * identity_DD
     factor_DD = torch.linalg.cholesky(regular_DD)
     whiten_DD = torch.linalg.solve_triangular(factor_DD, identity_DD, upper=False)
-    return Moments(mean_D=mean_D, whiten_DD=whiten_DD.float(), weight_N=weight_N)
+    return Moments(
+        mean_D=mean_D,
+        whiten_DD=whiten_DD.float(),
+        weight_N=weight_N,
+        level=float(level),
+    )
 
 
 def fit_surrogates(
@@ -97,17 +107,23 @@ def fit_surrogates(
     num_experts, _, width = weights.gate_EFD.shape
     weight_N1 = moments.weight_N.unsqueeze(1)
     centred_ND = (x_ND.float() - moments.mean_D) * weight_N1
-    crosses, means = [], []
+    hidden_NEF = expert_hidden(x_ND, weights).float()
+    cross_DM = moments.whiten_DD @ (centred_ND.T @ hidden_NEF.flatten(1))
+    cross_EDF = cross_DM.unflatten(1, hidden_NEF.shape[1:]).movedim(1, 0)
+    gram_DD = torch.zeros_like(moments.whiten_DD)
+    means = []
     for expert in range(num_experts):
-        hidden_NF = expert_hidden(x_ND, weights, expert)
         down_FD = weights.down_EFD[expert].float()
-        means.append((weight_N1 * hidden_NF).mean(dim=0) @ down_FD)
-        crosses.append(moments.whiten_DD @ (centred_ND.T @ hidden_NF) @ down_FD)
-    cross_EDD = torch.stack(crosses)
-    gram_DD = torch.einsum("eij,ekj->ik", cross_EDD, cross_EDD)
+        means.append((weight_N1 * hidden_NEF[:, expert]).mean(dim=0) @ down_FD)
+        gram_DD += cross_EDF[expert] @ (down_FD @ down_FD.T) @ cross_EDF[expert].T
     leading_DQ = leading_eigenvectors(gram_DD, min(rank, width))[1]
     shared_QD = leading_DQ.T @ moments.whiten_DD
-    out_EQD = torch.einsum("dq,edk->eqk", leading_DQ, cross_EDD)
+    out_EQD = torch.stack(
+        [
+            (leading_DQ.T @ cross_DF) @ weights.down_EFD[expert].float()
+            for expert, cross_DF in enumerate(cross_EDF)
+        ]
+    )
     bias_ED = torch.stack(means) - (shared_QD @ moments.mean_D) @ out_EQD
     return Surrogates(shared_QD=shared_QD, out_EQD=out_EQD, bias_ED=bias_ED)
 
@@ -117,14 +133,25 @@ def fit_gate(
     weights: ExpertWeights,
     moments: Moments,
     surrogates: Surrogates | None,
+    *,
+    logarithm: bool = False,
 ) -> Gate:
-    """Ridge regression of ||FFN_e(x) - S_e(x)|| on x (S = 0 without surrogates)."""
+    """Ridge regression of ||FFN_e(x) - S_e(x)|| on x (S = 0 without surrogates).
+
+    Args:
+        x_ND: (N, D) FFN inputs.
+        weights: the layer's E experts.
+        moments: of the same inputs.
+        surrogates: S.
+        logarithm: regress the logarithm of the norms instead; scores then tell ratios
+            of gains, and large ones weigh less.
+    """
     if surrogates is not None:
         one_N1 = torch.ones(len(x_ND), 1)
         low_NQ1 = torch.cat([x_ND.float() @ surrogates.shared_QD.T, one_N1], dim=1)
-    gains = []
+    hidden_NEF, gains = expert_hidden(x_ND, weights).float(), []
     for expert in range(weights.gate_EFD.shape[0]):
-        features = [expert_hidden(x_ND, weights, expert)]
+        features = [hidden_NEF[:, expert]]
         rows = [weights.down_EFD[expert].float()]
         if surrogates is not None:
             features.append(low_NQ1)
@@ -134,6 +161,8 @@ def fit_gate(
             ]
         gains.append(_row_norms(torch.cat(features, dim=1), torch.cat(rows)))
     gain_NE = torch.stack(gains, dim=1)
+    if logarithm:
+        gain_NE = gain_NE.clamp(min=LEAST_GAIN).log()
     weight_N1 = moments.weight_N.unsqueeze(1)
     mean_E = (weight_N1 * gain_NE).mean(dim=0)
     centred_ND = (x_ND.float() - moments.mean_D) * weight_N1

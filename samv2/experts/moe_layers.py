@@ -5,9 +5,11 @@
 
 ``unit`` is the function-preserving combine: p is the softmax over all routed scores, u
 is trainable and 0 at the start, so K = E is the dense FFN (the 1 + u p form is CMoE's,
-arXiv 2502.04416). ``softmax`` is EMoE's formula with p over the visited experts (the
-top-K on the complete graph); on a converted SwiGLU model it scales every expert down and takes perplexity from tens to millions,
-even at K = E. It is here for models trained that way.
+arXiv 2502.04416). At a K that has a repair, FFN_e is computed with the repair's down
+projection and its one linear stand-in takes the place of the sum of surrogates.
+``softmax`` is EMoE's formula with p over the visited experts (the top-K on the complete
+graph); on a converted SwiGLU model it scales every expert down and takes perplexity from
+tens to millions, even at K = E. It is here for models trained that way.
 
 Shapes: B sequences, S positions, T = B S tokens, D model width, E experts, F rows an
 expert, R adapter rank, K visits a token, M masks.
@@ -15,8 +17,9 @@ expert, R adapter rank, K visits a token, M masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +27,16 @@ from torch import Tensor, nn
 from samv2.common.errors import ModelError
 from samv2.common.settings import COMBINES
 from samv2.experts.calibration import Gate
+from samv2.experts.repair import Repair, repair_name
 from samv2_kernels import (
     ExpertAdapters,
     ExpertWeights,
     Surrogates,
+    Visits,
     Walk,
     grouped_experts,
     masked_dense_experts,
+    visit,
     walk,
 )
 from samv2_kernels.reference import choose_topk
@@ -101,6 +107,8 @@ class ExpertGraphMLP(nn.Module):
             edges gate reachability and carry no data.
         assembler: makes masks from a prefix's context, or None.
         prefix_tokens: how many leading positions form the context.
+        visits: by K, how many visits this layer makes where that is not K itself: under
+            one budget, layers that need more visits take them from others.
     """
 
     def __init__(
@@ -119,6 +127,7 @@ class ExpertGraphMLP(nn.Module):
         chains: bool = False,
         assembler: MaskMaker | None = None,
         prefix_tokens: int = 32,
+        visits: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__()
         num_experts, width, _ = weights.gate_EFD.shape
@@ -140,6 +149,11 @@ class ExpertGraphMLP(nn.Module):
         for name in ("shared_QD", "out_EQD", "bias_ED"):
             value = getattr(surrogates, name) if surrogates is not None else None
             self.register_buffer(f"surrogate_{name}", value)
+        self.visits = dict(visits or {})
+        for visited in self.visits.values():
+            check_visits(visited, num_shared, num_experts)
+        self.repaired: tuple[int, ...] = ()
+        """Values of K that have a repair, rising."""
         self.register_buffer("factor_gate_RD", factors.gate_RD)
         self.register_buffer("factor_up_RD", factors.up_RD)
         self.register_buffer("factor_down_DR", factors.down_DR)
@@ -183,6 +197,14 @@ class ExpertGraphMLP(nn.Module):
         )
 
     @property
+    def applied_adapters(self) -> ExpertAdapters | None:
+        """The adapters, or None where they add nothing and nobody asks for gradients."""
+        rows = (self.adapter_gate_EFR, self.adapter_up_EFR, self.adapter_down_ERF)
+        if torch.is_grad_enabled() or any(bool(part.any()) for part in rows):
+            return self.adapters
+        return None
+
+    @property
     def surrogates(self) -> Surrogates | None:
         """The stand-ins of experts that are not visited."""
         if self.surrogate_shared_QD is None:
@@ -192,6 +214,35 @@ class ExpertGraphMLP(nn.Module):
             out_EQD=self.surrogate_out_EQD,
             bias_ED=self.surrogate_bias_ED,
         )
+
+    def add_repair(self, k: int, repair: Repair) -> None:
+        """Store what to compute with when a token makes ``k`` visits.
+
+        Raises:
+            ModelError: K = E, which needs no repair, or the combine is not ``unit``.
+        """
+        if not 0 < k < self.num_experts:
+            raise ModelError(
+                f"a repair for K = {k} of {self.num_experts} experts was given; only a K "
+                f"in 1..{self.num_experts - 1} loses anything to repair"
+            )
+        if self.combine != "unit":
+            raise ModelError(
+                f"experts.combine is {self.combine!r}; repairs are fitted to 'unit'"
+            )
+        for part in fields(Repair):
+            self.register_buffer(repair_name(k, part.name), getattr(repair, part.name))
+        self.repaired = tuple(sorted({*self.repaired, k}))
+
+    def repair(self, k: int) -> Repair | None:
+        """The repair that was fitted for ``k`` visits, if there is one."""
+        if k not in self.repaired:
+            return None
+        parts = {
+            part.name: getattr(self, repair_name(k, part.name))
+            for part in fields(Repair)
+        }
+        return Repair(**parts)
 
     def forward(
         self,
@@ -218,11 +269,27 @@ class ExpertGraphMLP(nn.Module):
         if k is None:
             k = self.experts_per_token
         check_visits(k, int(self.shared_E.sum()), self.num_experts)
-        walked = self._walk(scores_TE, state, batch, length, k, options)
-        if options.recorder is not None:
+        own = self.visits_at(k)
+        walked = self._walk(scores_TE, state, batch, length, own, options)
+        if options.recorder is not None and isinstance(walked, Walk):
             options.recorder(self.layer, walked)
-        y_TD = self._experts(x_TD, walked, self._weigh(scores_TE, walked))
+        y_TD = self._experts(x_TD, walked, self._weigh(scores_TE, walked), k)
         return y_TD.view(batch, length, model_width), state
+
+    def visits_at(self, k: int) -> int:
+        """How many visits this layer makes when the model is asked for ``k``."""
+        return self.visits.get(k, k)
+
+    def visited(self, x_TD: Tensor, k: int) -> Tensor:
+        """(T, E) bool: what (T, D) inputs visit on the server graph at K = ``k``."""
+        scores_TE = x_TD.float() @ self.gate_weight_ED.T + self.gate_bias_E
+        reached_TE = visit(
+            scores_TE[:, self.order_E].detach(),
+            self.edge_mask_EE.unsqueeze(0),
+            experts_per_token=self.visits_at(k),
+            shared_E=self.shared_E[self.order_E],
+        ).visited_TE
+        return reached_TE[:, torch.argsort(self.order_E)]
 
     def _advance(self, x_BSD: Tensor, prefix: PrefixState | None) -> PrefixState:
         """Add this chunk's part of the prefix to the context sum."""
@@ -245,8 +312,11 @@ class ExpertGraphMLP(nn.Module):
         length: int,
         k: int,
         options: WalkOptions,
-    ) -> Walk:
-        """Walk in positions; the result is in storage ids."""
+    ) -> Visits:
+        """Walk in positions; the result is in storage ids.
+
+        It has the order of the visits, which is costly, only where that is looked at.
+        """
         masks_MEE = self.edge_mask_EE.unsqueeze(0)
         mask_index_T = None
         assembled = self.assembler is not None and options.use_assembler
@@ -267,7 +337,8 @@ class ExpertGraphMLP(nn.Module):
 
         placed_TE = scores_TE[:, self.order_E]
         shared_E = self.shared_E[self.order_E]
-        walked = walk(
+        ordered = options.recorder is not None or self._groups(k)
+        walked = (walk if ordered else visit)(
             placed_TE.detach(),
             masks_MEE,
             experts_per_token=k,
@@ -289,7 +360,11 @@ class ExpertGraphMLP(nn.Module):
         soft_TE = torch.sigmoid(scores_TE - threshold_T1)
         return chosen_TE.float() + (soft_TE - soft_TE.detach())
 
-    def _weigh(self, scores_TE: Tensor, walked: Walk) -> Tensor:
+    def _groups(self, k: int) -> bool:
+        """Whether K visits run grouped by expert rather than as one masked FFN."""
+        return self.chains or k < GROUPING_PAYS_BELOW * self.num_experts
+
+    def _weigh(self, scores_TE: Tensor, walked: Visits) -> Tensor:
         """Combine weights of the visited experts, (T, E) float32."""
         if self.combine == "softmax":
             visited_TE = scores_TE.masked_fill(~walked.visited_TE, -torch.inf)
@@ -301,27 +376,42 @@ class ExpertGraphMLP(nn.Module):
             share_TE = torch.zeros_like(scores_TE)
         return walked.reached_TE * (1 + self.mix_E * share_TE)
 
-    def _experts(self, x_TD: Tensor, walked: Walk, combine_TE: Tensor) -> Tensor:
-        surrogates = self.surrogates if self.combine == "unit" else None
-        slots = walked.expert_ids_TK.shape[1]
-        if self.chains or slots < GROUPING_PAYS_BELOW * self.num_experts:
-            return grouped_experts(
+    def _experts(
+        self, x_TD: Tensor, walked: Visits, combine_TE: Tensor, k: int
+    ) -> Tensor:
+        repair = self.repair(k)
+        weights, surrogates = self.weights, self.surrogates
+        if repair is not None:
+            down_EFD = repair.down_EFD.to(weights.down_EFD.dtype)
+            weights = replace(weights, down_EFD=down_EFD)
+        if repair is not None or self.combine != "unit":
+            surrogates = None
+        if isinstance(walked, Walk) and self._groups(self.visits_at(k)):
+            y_TD = grouped_experts(
                 x_TD,
                 walked,
                 combine_TE,
-                self.weights,
-                adapters=self.adapters,
+                weights,
+                adapters=self.applied_adapters,
                 surrogates=surrogates,
                 edge_strength_EE=self.edge_strength_EE if self.chains else None,
             )
-        return masked_dense_experts(
-            x_TD,
-            walked.reached_TE,
-            combine_TE,
-            self.weights,
-            adapters=self.adapters,
-            surrogates=surrogates,
-        )
+        else:
+            y_TD = masked_dense_experts(
+                x_TD,
+                walked.reached_TE,
+                combine_TE,
+                weights,
+                adapters=self.applied_adapters,
+                surrogates=surrogates,
+            )
+        return y_TD if repair is None else y_TD + stand_in(x_TD, repair)
+
+
+def stand_in(x_TD: Tensor, repair: Repair) -> Tensor:
+    """What a repair adds for all experts that are not visited, (T, D) in x's dtype."""
+    low_TQ = x_TD @ repair.in_QD.to(x_TD.dtype).T
+    return low_TQ @ repair.out_QD.to(x_TD.dtype) + repair.bias_D.to(x_TD.dtype)
 
 
 def check_visits(experts_per_token: int, num_shared: int, num_experts: int) -> None:
@@ -342,17 +432,20 @@ def to_positions(walked: Walk, order_E: Tensor) -> Walk:
     return _renamed(walked, torch.argsort(order_E), order_E)
 
 
-def _renamed(walked: Walk, new_id_E: Tensor, old_id_E: Tensor) -> Walk:
+V = TypeVar("V", bound=Visits)
+
+
+def _renamed(walked: V, new_id_E: Tensor, old_id_E: Tensor) -> V:
     """Expert i is called ``new_id_E[i]``; column j of the result was ``old_id_E[j]``."""
-    used_TK = walked.expert_ids_TK >= 0
-    ids_TK = new_id_E[walked.expert_ids_TK.clamp(min=0)]
-    return Walk(
-        expert_ids_TK=torch.where(used_TK, ids_TK, -1),
-        parent_slot_TK=walked.parent_slot_TK,
-        depth_TK=walked.depth_TK,
-        reached_TE=walked.reached_TE[:, old_id_E],
-        chosen_TE=walked.chosen_TE[:, old_id_E],
-    )
+    columns = {
+        "reached_TE": walked.reached_TE[:, old_id_E],
+        "chosen_TE": walked.chosen_TE[:, old_id_E],
+    }
+    if isinstance(walked, Walk):
+        used_TK = walked.expert_ids_TK >= 0
+        ids_TK = new_id_E[walked.expert_ids_TK.clamp(min=0)]
+        columns["expert_ids_TK"] = torch.where(used_TK, ids_TK, -1)
+    return replace(walked, **columns)
 
 
 def ffn_flops_fraction(
@@ -362,20 +455,23 @@ def ffn_flops_fraction(
     num_experts: int,
     experts_per_token: int,
     surrogate_rank: int,
+    repair_rank: int | None = None,
 ) -> float:
     """Multiply-adds of a converted FFN over those of the dense one, per token.
 
-    Counts the gate (E D), the visited experts, shared ones included (K 3 F D), and the
-    surrogates: their shared factor (Q D), then the sum of all and the visited ones or
+    Counts the gate (E D), the visited experts, shared ones included (K 3 F D), and what
+    stands in for the others. With a repair of rank Q that is 2 Q D. With surrogates of
+    rank Q it is their shared factor (Q D), then the sum of all and the visited ones or
     the absent ones alone (Q D each), whichever is fewer. Adapters are not counted.
     """
     dense = 3 * ffn_width * model_width
     if experts_per_token == num_experts:
-        surrogate = 0
+        absent = 0
+    elif repair_rank is not None:
+        absent = 2 * repair_rank * model_width
     else:
-        absent = num_experts - experts_per_token
-        blocks = min(experts_per_token + 1, absent)
-        surrogate = surrogate_rank * model_width * (1 + blocks)
+        blocks = min(experts_per_token + 1, num_experts - experts_per_token)
+        absent = surrogate_rank * model_width * (1 + blocks)
     gate = num_experts * model_width
     experts = experts_per_token * 3 * (ffn_width // num_experts) * model_width
-    return (gate + experts + surrogate) / dense
+    return (gate + experts + absent) / dense

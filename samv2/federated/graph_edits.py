@@ -12,6 +12,7 @@ Shapes: L layers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,7 @@ def decide_edits(
     counts: EdgeCounts,
     settings: EditSettings,
     *,
-    experts_per_token: int,
+    visits: Sequence[int],
     num_shared: int,
 ) -> tuple[list[Edit], EdgeMemory]:
     """One round's edits.
@@ -73,7 +74,7 @@ def decide_edits(
         memory: of the rounds before.
         counts: this round's, summed over clients.
         settings: thresholds and limits.
-        experts_per_token: K; no layer is left with fewer reachable experts.
+        visits: of a token in each layer; none is left with fewer reachable experts.
         num_shared: storage ids below this are always visited, thus always reachable.
 
     Returns:
@@ -95,7 +96,7 @@ def decide_edits(
         mask_LEE[edge] = edit.kind == "promote"
         shared_E = graph.order_LE[edit.layer] < num_shared
         if edit.kind == "prune" and not _enough_reachable(
-            mask_LEE[edit.layer], shared_E, experts_per_token
+            mask_LEE[edit.layer], shared_E, visits[edit.layer]
         ):
             mask_LEE[edge] = True
             continue

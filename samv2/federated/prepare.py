@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from samv2.common.settings import Settings
 from samv2.common.telemetry import progress_bar
 from samv2.data.shards import FederatedText
 from samv2.data.sources import parse_domains
-from samv2.experts.emoe_cluster import format_stats
+from samv2.experts.emoe_cluster import ClusterStats, format_stats
 from samv2.federated.heldout import heldout_windows, score_domains
 from samv2.federated.run_folder import RunFolder, run_model
 from samv2.federated.run_logs import (
@@ -45,7 +45,7 @@ from samv2.models.bootstrap import (
     check_convertible,
     parse_layers,
 )
-from samv2.models.expert_model import ExpertModel
+from samv2.models.expert_model import ExpertModel, ExpertModelConfig
 from samv2.models.llama_loader import (
     DTYPES,
     LoadedModel,
@@ -62,6 +62,16 @@ from samv2.models.save import (
 )
 from samv2.updates.sparsify import FRAME_BYTES, packed_bound
 
+FREE_OF_THE_FOLDER = (
+    "experts.experts_per_token",
+    "experts.repair",
+    "experts.repair_rank",
+    "experts.other_k",
+    "experts.allocate",
+)
+"""Conversion settings that a run on a bootstrapped folder need not repeat: K is free, and
+the repairs are in the weights whatever the settings say."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -77,6 +87,8 @@ class Prepared:
     ffn_width: int
     num_layers: int
     """Converted layers."""
+    visits: list[int]
+    """Of a token in each of them."""
     heterogeneity: dict[str, float]
     seconds: dict[str, float]
 
@@ -146,7 +158,7 @@ def _from_dense(run: RunFolder, settings: Settings, console: Console) -> Prepare
     dense = score_domains(loaded.model, held, batch_size=train.batch_size)
     clock.lap("dense_evaluation")
     made = convert_and_save(loaded, calibration, settings, run.model, console)
-    write_stats(run.root, made, settings)
+    write_stats(run.root, made.cluster_stats, settings)
     clock.lap("bootstrap")
     return _prepared(run, loaded.name, text, settings, dense, clock)
 
@@ -171,9 +183,11 @@ def convert_and_save(
     return made
 
 
-def write_stats(root: Path, made: Bootstrapped, settings: Settings) -> None:
+def write_stats(
+    root: Path, cluster_stats: Sequence[ClusterStats], settings: Settings
+) -> None:
     """``cluster_stats.txt``."""
-    stats = format_stats(made.cluster_stats, feature=settings.experts.feature)
+    stats = format_stats(cluster_stats, feature=settings.experts.feature)
     write_bytes(Path(root) / "cluster_stats.txt", stats.encode())
 
 
@@ -184,6 +198,8 @@ def _from_expert_model(
     clock = _Clock()
     model, tokenizer = load_expert_model(folder)
     _check_conversion(folder, model, settings)
+    if warning := unrepaired(folder, model.expert_config, settings):
+        console.print(warning, style="yellow", markup=False)
     check_budget(model.config, settings)
     clock.lap("load")
     text = make_text(run, tokenizer, settings, console)
@@ -193,9 +209,10 @@ def _from_expert_model(
 
 
 def _check_conversion(folder: Path, model: ExpertModel, settings: Settings) -> None:
-    """K may differ from the bootstrap's; everything else is in the weights."""
+    """Refuse settings that contradict the weights; K and the repairs' may differ."""
     asked, made = to_flat(settings), conversion_settings(folder)
-    made.pop("experts.experts_per_token")
+    for key in FREE_OF_THE_FOLDER:
+        made.pop(key, None)
     total = model.config.num_hidden_layers
     if parse_layers(settings.experts.layers, total) == model.expert_config.layers:
         made.pop("experts.layers")
@@ -207,6 +224,27 @@ def _check_conversion(folder: Path, model: ExpertModel, settings: Settings) -> N
     ]
     if faults:
         raise ConfigError(faults)
+
+
+def unrepaired(
+    folder: Path, config: ExpertModelConfig, settings: Settings
+) -> str | None:
+    """A warning where a bootstrapped folder has no repair for the K that is asked for.
+
+    Args:
+        folder: for the message.
+        config: of the model in the folder.
+        settings: of the run.
+    """
+    k = settings.experts.experts_per_token
+    if config.combine != "unit" or k in (*config.repaired, config.num_experts):
+        return None
+    known = ", ".join(map(str, (*config.repaired, config.num_experts)))
+    return (
+        f"experts.experts_per_token is {k}, but {folder} has no repair for it, so the run "
+        f"starts from a worse model than it need. It is sound at K = {known}; use one of "
+        f"those, or bootstrap again with experts.other_k={k}."
+    )
 
 
 def _prepared(
@@ -232,6 +270,10 @@ def _prepared(
         model_width=model.config.hidden_size,
         ffn_width=model.config.intermediate_size,
         num_layers=len(model.expert_config.layers),
+        visits=[
+            layer.visits_at(settings.experts.experts_per_token)
+            for layer in model.expert_layers
+        ],
         heterogeneity={
             "domains": text.index.category_heterogeneity,
             "tokens": text.index.token_heterogeneity,

@@ -20,6 +20,7 @@ from samv2.data.shards import (
 )
 from samv2.data.tokens import windows
 from samv2.federated.run_folder import RunFolder
+from samv2.models.bootstrap import spread
 
 TRACED_TOKENS = 128
 
@@ -81,12 +82,21 @@ def calibration_windows(
 ) -> Tensor:
     """(N, length) windows, the same number from every domain, about ``total_tokens``.
 
+    They are spread evenly over each domain's text, first and last window included: more
+    documents, and so a better fit to text that was not seen. A domain with fewer windows
+    gives all it has.
+
+    Args:
+        calibration: token stream of every domain.
+        total_tokens: over all domains.
+        length: tokens of a window.
+
     Raises:
         DataError: no domain has a whole window.
     """
     per_domain = max(1, total_tokens // (length * max(1, len(calibration))))
     parts = [
-        windows(stream, length, per_domain)
+        spread(windows(stream, length), per_domain)
         for stream in calibration.values()
         if len(stream) >= length
     ]

@@ -146,6 +146,7 @@ def federate(
             state,
             manifest,
             settings,
+            visits=prepared.visits,
             on_start=on_start if start_scores is None else None,
             on_round=on_round,
         )

@@ -139,6 +139,8 @@ def server_merge(
     refusals: Sequence[Refusal],
     manifest: Manifest,
     settings: Settings,
+    *,
+    visits: Sequence[int] | None = None,
 ) -> tuple[ServerState, MergeReport]:
     """Aggregate a round's replies and edit the graph.
 
@@ -148,6 +150,7 @@ def server_merge(
         refusals: for the report.
         manifest: of the blocks.
         settings: sections ``experts``, ``federation`` and ``edits`` are used.
+        visits: of a token in each converted layer; None: K everywhere.
 
     Returns:
         The state after this round, the same bits for any order of replies.
@@ -171,7 +174,7 @@ def server_merge(
         state.memory,
         counts,
         settings.edits,
-        experts_per_token=settings.experts.experts_per_token,
+        visits=visits or [settings.experts.experts_per_token] * layers,
         num_shared=settings.experts.num_shared,
     )
     graph = state.graph

@@ -106,6 +106,7 @@ class SamStrategy(Strategy):
         state: the server's state to continue from.
         manifest: of the model's trainable blocks.
         settings: of the run.
+        visits: of a token in each converted layer; None: K everywhere.
         on_start: called with the held-out scores before the first round of this call.
         on_round: called after every round with the new state and its report; the place
             for checkpoints and logs.
@@ -117,12 +118,14 @@ class SamStrategy(Strategy):
         manifest: Manifest,
         settings: Settings,
         *,
+        visits: Sequence[int] | None = None,
         on_start: Callable[[dict[str, Score]], None] | None = None,
         on_round: Callable[[ServerState, RoundReport], None] | None = None,
     ) -> None:
         self.state = state
         self.manifest = manifest
         self.settings = settings
+        self.visits = visits
         self._on_start = on_start
         self._on_round = on_round
         self._clients: dict[int, int] = {}
@@ -280,7 +283,12 @@ class SamStrategy(Strategy):
                 self._known_version.pop(node, None)
             raise TooFewReplies(server_round, len(valid), needed, refusals)
         self.state, self._merge = server_merge(
-            self.state, valid, refusals, self.manifest, self.settings
+            self.state,
+            valid,
+            refusals,
+            self.manifest,
+            self.settings,
+            visits=self.visits,
         )
         return None, MetricRecord({"replies": len(valid), "refused": len(refusals)})
 
@@ -393,7 +401,12 @@ class SamStrategy(Strategy):
             try:
                 reply = reply_from_record(message.content)
                 checked = validate_reply(
-                    reply, client, self.state, self.manifest, self.settings
+                    reply,
+                    client,
+                    self.state,
+                    self.manifest,
+                    self.settings,
+                    visits=self.visits,
                 )
             except FrameError as error:
                 detail = str(error).removesuffix(f" [{error.reason}]")

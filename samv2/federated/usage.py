@@ -101,7 +101,7 @@ def unpack_usage(
     *,
     round: int,
     max_count: int,
-    max_visits: int | None = None,
+    max_visits: Sequence[int] | None = None,
 ) -> EdgeCounts:
     """Counts of an untrusted frame.
 
@@ -111,12 +111,12 @@ def unpack_usage(
         num_experts: E.
         round: the round it must belong to.
         max_count: the most tokens the client can have walked.
-        max_visits: the most visits they can have made in a layer; None sets no limit.
+        max_visits: the most visits they can have made in each layer; None sets no limit.
 
     Raises:
         FrameError: a malformed frame (its reason), or ``usage_range`` where a count is
             negative, fractional or above ``max_count``, or a layer has more visits than
-            ``max_visits``.
+            its ``max_visits``.
     """
     manifest = usage_manifest(num_layers, num_experts)
     layers = unpack(frame, manifest, round=round)
@@ -135,11 +135,11 @@ def unpack_usage(
                 f"found {float(values.min()):g}..{float(values.max()):g}",
             )
         usage_P, demand_P = whole.long().chunk(2)
-        if max_visits is not None and int(usage_P.sum()) > max_visits:
+        if max_visits is not None and int(usage_P.sum()) > max_visits[layer]:
             raise FrameError(
                 "usage_range",
                 f"layer {layer} counts {int(usage_P.sum())} visits, its tokens can have "
-                f"made {max_visits}",
+                f"made {max_visits[layer]}",
             )
         counts.usage_LEE[layer, rows, columns] = usage_P
         counts.demand_LEE[layer, rows, columns] = demand_P

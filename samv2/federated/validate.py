@@ -26,6 +26,8 @@ def validate_reply(
     state: ServerState,
     manifest: Manifest,
     settings: Settings,
+    *,
+    visits: Sequence[int] | None = None,
 ) -> ValidReply:
     """Check one reply against what the server asked for.
 
@@ -35,6 +37,7 @@ def validate_reply(
         state: the server's state before the merge.
         manifest: of the blocks.
         settings: limits; the example count is capped at ``federation.max_examples``.
+        visits: most visits a token makes in each converted layer; None: K everywhere.
 
     Returns:
         The reply, ready to merge.
@@ -66,13 +69,15 @@ def validate_reply(
             f"{state.graph.version}",
         )
     layers, experts = state.graph.edge_mask_LEE.shape[:2]
+    if visits is None:
+        visits = [settings.experts.experts_per_token] * layers
     counts = unpack_usage(
         reply.usage,
         layers,
         experts,
         round=current,
         max_count=reply.tokens,
-        max_visits=reply.tokens * settings.experts.experts_per_token,
+        max_visits=[reply.tokens * each for each in visits],
     )
     update = unpack(reply.update, manifest, round=current)
     if not update:

@@ -1,9 +1,13 @@
 """Bootstrap: a dense model becomes an expert graph, layer by layer, without training.
 
-Calibration text runs through the model once. At every layer to convert, its FFN's rows
-are clustered into experts on the activations seen there, surrogates and gate are fitted
-in closed form, the layer is swapped, and its *converted* output feeds the next layer, so
-that later layers are fitted to the stream they will see.
+1. *Survey.* Calibration text runs through the dense model. At every layer to convert, its
+   FFN's rows are clustered into experts, gate and surrogates are fitted, and the error
+   is measured that fewer visits would add.
+2. *Allocation.* For each K, layers get the visits that add the least error in all, at no
+   more arithmetic than K visits everywhere.
+3. *Conversion.* The text runs through once more, as one dense stream and one stream a K.
+   Each layer is repaired for each K on the stream of its own converted layers, to bring
+   it back to the dense one, and its *repaired* output feeds the next layer.
 
 Shapes: B sequences, S positions, D model width, M FFN rows, E experts.
 """
@@ -11,38 +15,58 @@ Shapes: B sequences, S positions, D model width, M FFN rows, E experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
 
 from samv2.common.errors import ModelError
 from samv2.common.settings import Settings
-from samv2.experts.calibration import (
-    average_gate,
-    fit_gate,
-    fit_surrogates,
-    input_moments,
-)
-from samv2.experts.emoe_cluster import ClusterStats, check_divisible, cluster_layer
-from samv2.experts.graph import initial_graph
-from samv2.experts.moe_layers import ExpertGraphMLP, FrozenFactors, WalkOptions
-from samv2.models.adapters import make_factors
+from samv2.experts.allocation import allocate
+from samv2.experts.balanced_kmeans import check_divisible
+from samv2.experts.emoe_cluster import ClusterStats
+from samv2.experts.moe_layers import WalkOptions
+from samv2.experts.repair import START
 from samv2.models.assembler import Assembler
+from samv2.models.convert_layer import (
+    Surveyed,
+    build_layer,
+    fit_repair,
+    survey_layer,
+)
 from samv2.models.expert_model import (
     ExpertDecoderLayer,
     ExpertModel,
     ExpertModelConfig,
 )
-from samv2_kernels import ExpertWeights, Walk
+from samv2.models.text_stream import DenseSource, LlamaLayers, TextStream
 
 Progress = Callable[[int, int], None]
-"""Called with (layers done, layers in all)."""
-STREAM_BATCH = 8
+"""Called with (layers done, layers in all); the survey and the conversion both count."""
+SURVEYED_TOKENS = 8192
+"""The survey reads at most so many of the calibration tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What the conversion of one layer found."""
+
+    layer: int
+    """Index of the decoder layer."""
+    visits: dict[int, int]
+    """By K: visits that this layer makes."""
+    error: dict[int, float]
+    """By K: mean over calibration tokens of ||converted - dense|| / ||dense|| of the
+    stream after the layer."""
+    left: dict[int, float]
+    """By K: share of the squared residual that the repair leaves, judged on the half of
+    the text that it was not fitted to."""
+    ridges: dict[int, tuple[float, float]]
+    """By K: the repair's penalties, as shares of the mean diagonals."""
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +75,7 @@ class Bootstrapped:
 
     model: ExpertModel
     cluster_stats: tuple[ClusterStats, ...]
-    layer_errors: tuple[float, ...]
-    """Per converted layer: mean over calibration tokens of ||converted - dense FFN||
-    over ||stream after the layer||."""
+    layers: tuple[LayerReport, ...]
 
 
 def parse_layers(spec: str, num_layers: int) -> tuple[int, ...]:
@@ -105,6 +127,38 @@ def check_convertible(config: PretrainedConfig, settings: Settings) -> tuple[int
     return parse_layers(settings.experts.layers, config.num_hidden_layers)
 
 
+def initial_config(
+    layers: tuple[int, ...], settings: Settings, fingerprint: str = ""
+) -> ExpertModelConfig:
+    """The config of the model that settings ask for, before visits are allocated.
+
+    Args:
+        layers: indices of the decoder layers to convert.
+        settings: sections ``experts``, ``adapter``, ``assembler`` and the seed are used.
+        fingerprint: of the dense model.
+    """
+    experts, unit = settings.experts, settings.experts.combine == "unit"
+    wanted = {experts.experts_per_token, *experts.other_k} - {experts.num_experts}
+    repaired = tuple(sorted(wanted)) if experts.repair and unit else ()
+    return ExpertModelConfig(
+        layers=layers,
+        num_experts=experts.num_experts,
+        experts_per_token=experts.experts_per_token,
+        num_shared=experts.num_shared,
+        combine=experts.combine,
+        chains=experts.chains,
+        surrogate_rank=experts.surrogate_rank if unit else 0,
+        repaired=repaired,
+        repair_rank=experts.repair_rank if repaired else 0,
+        adapter_rank=settings.adapter.rank,
+        adapter_scale=settings.adapter.scale,
+        assembler_width=settings.assembler.width,
+        prefix_tokens=settings.assembler.prefix_tokens,
+        seed=settings.seed,
+        base_fingerprint=fingerprint,
+    )
+
+
 @torch.no_grad()
 def bootstrap(
     llama: PreTrainedModel,
@@ -114,7 +168,7 @@ def bootstrap(
     fingerprint: str = "",
     progress: Progress | None = None,
 ) -> Bootstrapped:
-    """Convert a dense model in place.
+    """Convert a dense model in memory, in place.
 
     Args:
         llama: dense Llama-style causal LM in evaluation mode; its converted decoder
@@ -131,54 +185,26 @@ def bootstrap(
         ModelError: see :func:`check_convertible`.
     """
     layers = check_convertible(llama.config, settings)
-    experts = settings.experts
-    config = ExpertModelConfig(
-        layers=layers,
-        num_experts=experts.num_experts,
-        experts_per_token=experts.experts_per_token,
-        num_shared=experts.num_shared,
-        combine=experts.combine,
-        chains=experts.chains,
-        surrogate_rank=experts.surrogate_rank if experts.combine == "unit" else 0,
-        adapter_rank=settings.adapter.rank,
-        adapter_scale=settings.adapter.scale,
-        assembler_width=settings.assembler.width,
-        prefix_tokens=settings.assembler.prefix_tokens,
-        seed=settings.seed,
-        base_fingerprint=fingerprint,
-    )
+    config = initial_config(layers, settings, fingerprint)
+    source = LlamaLayers(llama)
+    counter = _Counter(2 * (layers[-1] + 1), progress)
+    surveyed = survey(source, calibration_BS, config, settings, counter.step)
+    config = with_visits(config, surveyed, llama.config, settings)
     assembler = make_assembler(llama.config.hidden_size, config)
-    stats: list[ClusterStats] = []
-    errors: list[float] = []
-    stream = _Stream(llama, calibration_BS)
-    decoder = llama.model.layers
-    for index in range(layers[-1] + 1):
-        base = decoder[index]
-        if index not in layers:
-            stream.run_dense(base)
-        else:
-            x_ND, after_ND = stream.attend(base)
-            dense_ND = _dense_ffn(base.mlp, x_ND)
-            mlp, found = _convert(
-                len(stats), base.mlp, x_ND, after_ND, dense_ND, config, settings
-            )
-            mlp.assembler = assembler
-            decoder[index] = ExpertDecoderLayer(base, mlp)
-            converted_ND, coactivation_EE = _run_converted(mlp, x_ND)
-            mlp.edge_mask_EE.copy_(
-                initial_graph(
-                    coactivation_EE.unsqueeze(0), chain_degree=experts.chain_degree
-                ).edge_mask_LEE[0]
-            )
-            errors.append(_relative_error(converted_ND, dense_ND, after_ND))
-            stats.append(found)
-            stream.advance(after_ND + converted_ND)
-        if progress is not None:
-            progress(index + 1, layers[-1] + 1)
+    conversion = Conversion(source, calibration_BS, config)
+    decoder, reports = llama.model.layers, []
+    for index, layer, report in conversion.run(surveyed):
+        if report is not None:
+            layer.mlp.assembler = assembler
+            decoder[index] = layer
+            reports.append(report)
+        counter.step()
     model = ExpertModel(llama, assembler, config)
     model.freeze_base()
     return Bootstrapped(
-        model=model.eval(), cluster_stats=tuple(stats), layer_errors=tuple(errors)
+        model=model.eval(),
+        cluster_stats=tuple(one.stats for one in surveyed),
+        layers=tuple(reports),
     )
 
 
@@ -195,148 +221,212 @@ def make_assembler(model_width: int, config: ExpertModelConfig) -> Assembler | N
     )
 
 
-class _Stream:
-    """The residual stream of the calibration text between two layers."""
-
-    def __init__(self, llama: PreTrainedModel, tokens_BS: Tensor) -> None:
-        self.hidden_BSD = llama.model.embed_tokens(tokens_BS)
-        self.positions_1S = torch.arange(tokens_BS.shape[1]).unsqueeze(0)
-        self.embeddings = llama.model.rotary_emb(
-            self.hidden_BSD[:1], position_ids=self.positions_1S
-        )
-        self.mask = create_causal_mask(
-            config=llama.config,
-            inputs_embeds=self.hidden_BSD[:1],
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=self.positions_1S,
-        )
-
-    def attend(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """FFN inputs and the residual stream after attention, (N, D) each."""
-        inputs, residuals = [], []
-        for part_BSD in self.hidden_BSD.split(STREAM_BATCH):
-            attended, _ = layer.self_attn(
-                hidden_states=layer.input_layernorm(part_BSD),
-                attention_mask=self.mask,
-                position_ids=self.positions_1S,
-                position_embeddings=self.embeddings,
-            )
-            residuals.append(part_BSD + attended)
-            inputs.append(layer.post_attention_layernorm(residuals[-1]))
-        return torch.cat(inputs).flatten(0, 1), torch.cat(residuals).flatten(0, 1)
-
-    def advance(self, hidden_ND: Tensor) -> None:
-        self.hidden_BSD = hidden_ND.view(self.hidden_BSD.shape)
-
-    def run_dense(self, layer: nn.Module) -> None:
-        x_ND, after_ND = self.attend(layer)
-        self.advance(after_ND + _dense_ffn(layer.mlp, x_ND))
-
-
-def _dense_ffn(mlp: nn.Module, x_ND: Tensor) -> Tensor:
-    return torch.cat([mlp(part) for part in x_ND.split(2048)])
-
-
-def _convert(
-    position: int,
-    mlp: nn.Module,
-    x_ND: Tensor,
-    after_ND: Tensor,
-    dense_ND: Tensor,
+@torch.no_grad()
+def survey(
+    source: DenseSource,
+    calibration_BS: Tensor,
     config: ExpertModelConfig,
     settings: Settings,
-) -> tuple[ExpertGraphMLP, ClusterStats]:
-    """One dense FFN as experts with a calibrated gate and surrogates."""
-    gate_MD, up_MD = mlp.gate_proj.weight, mlp.up_proj.weight
-    down_DM = mlp.down_proj.weight
-    order, stats = cluster_layer(
-        config.layers[position],
-        gate_MD=gate_MD,
-        up_MD=up_MD,
-        down_DM=down_DM,
-        hidden_NM=silu(x_ND @ gate_MD.T) * (x_ND @ up_MD.T),
-        num_experts=config.num_experts,
-        num_shared=config.num_shared,
-        feature=settings.experts.feature,
-        seed=settings.seed,
-        starts=settings.experts.cluster_starts,
-    )
-    weights = split_experts(gate_MD, up_MD, down_DM, torch.from_numpy(order), config)
-    moments = input_moments(x_ND, (after_ND + dense_ND).float().norm(dim=1))
-    surrogates = None
-    if config.surrogate_rank:
-        surrogates = fit_surrogates(x_ND, weights, moments, config.surrogate_rank)
-    if settings.experts.gate == "avg_k":
-        gate = average_gate(weights)
-    else:
-        gate = fit_gate(x_ND, weights, moments, surrogates)
-    factors = layer_factors(position, x_ND.shape[1], config)
-    layer = ExpertGraphMLP(
-        layer=position,
-        weights=weights,
-        gate=gate,
-        surrogates=surrogates,
-        factors=factors,
-        edge_mask_EE=torch.eye(config.num_experts, dtype=torch.bool),
-        order_E=torch.arange(config.num_experts),
-        num_shared=config.num_shared,
-        experts_per_token=config.experts_per_token,
-        combine=config.combine,
-        chains=config.chains,
-        prefix_tokens=config.prefix_tokens,
-    )
-    return layer, stats
+    advance: Callable[[], None] = lambda: None,
+) -> list[Surveyed]:
+    """Cluster and calibrate every layer to convert on the dense model's stream.
 
-
-def layer_factors(
-    position: int, model_width: int, config: ExpertModelConfig
-) -> FrozenFactors:
-    """The frozen adapter factors of one converted layer."""
-    return make_factors(
-        seed=config.seed,
-        layer=position,
-        model_width=model_width,
-        rank=config.adapter_rank,
-        scale=config.adapter_scale,
-    )
-
-
-def split_experts(
-    gate_MD: Tensor,
-    up_MD: Tensor,
-    down_DM: Tensor,
-    order_M: Tensor,
-    config: ExpertModelConfig,
-) -> ExpertWeights:
-    """Re-order FFN rows and cut them into experts, (E, F, D) each, contiguous."""
-    shape = (config.num_experts, -1, gate_MD.shape[1])
-    return ExpertWeights(
-        gate_EFD=gate_MD[order_M].reshape(shape),
-        up_EFD=up_MD[order_M].reshape(shape),
-        down_EFD=down_DM.T[order_M].reshape(shape),
-    )
-
-
-def _run_converted(mlp: ExpertGraphMLP, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's outputs on the server graph, and how often experts were co-chosen.
-
-    Shared experts are left out: they fire with everyone, and an edge from an expert that
-    is always visited would open its destination for good.
+    Args:
+        source: the dense model.
+        calibration_BS: (B, S) int64; evenly spaced sequences of it are read.
+        config: of the model to be made.
+        settings: section ``experts`` and the seed are used.
+        advance: called after every layer.
     """
-    coactivation_EE = torch.zeros(mlp.num_experts, mlp.num_experts)
+    length = calibration_BS.shape[1]
+    some_BS = spread(calibration_BS, max(1, SURVEYED_TOKENS // length))
+    stream = TextStream(source.embed(some_BS), source.attention_inputs(length))
+    found: list[Surveyed] = []
+    for index in range(config.layers[-1] + 1):
+        layer = source.layer(index)
+        x_BSD, after_BSD = stream.attend(layer, index)
+        if index in config.layers:
+            x_ND, after_ND = x_BSD.flatten(0, 1), after_BSD.flatten(0, 1)
+            found.append(
+                survey_layer(len(found), layer.mlp, x_ND, after_ND, config, settings)
+            )
+        stream.advance(x_BSD, after_BSD, layer.mlp)
+        advance()
+    return found
 
-    def record(_: int, walked: Walk) -> None:
-        chosen_TE = (walked.chosen_TE & ~mlp.shared_E).float()
-        coactivation_EE.add_(chosen_TE.T @ chosen_TE)
 
-    options = WalkOptions(use_assembler=False, recorder=record)
-    outputs = [
-        mlp(part_SD.unsqueeze(0), options)[0].squeeze(0) for part_SD in x_ND.split(2048)
-    ]
-    return torch.cat(outputs), coactivation_EE
+def spread(rows_BS: Tensor, most: int) -> Tensor:
+    """At most so many rows, evenly spaced."""
+    if len(rows_BS) <= most:
+        return rows_BS
+    return rows_BS[torch.linspace(0, len(rows_BS) - 1, most).long()]
 
 
-def _relative_error(converted_ND: Tensor, dense_ND: Tensor, after_ND: Tensor) -> float:
-    difference_N = (converted_ND - dense_ND).float().norm(dim=1)
-    return float((difference_N / (after_ND + dense_ND).float().norm(dim=1)).mean())
+def with_visits(
+    config: ExpertModelConfig,
+    surveyed: Sequence[Surveyed],
+    dense: PretrainedConfig,
+    settings: Settings,
+) -> ExpertModelConfig:
+    """The config with the visits of every layer at every repaired K.
+
+    The mean cost of the converted layers is at most that of K visits everywhere, and
+    so is the sum of their errors.
+    """
+    if not settings.experts.allocate or not config.repaired:
+        return config
+    curves = [one.curve for one in surveyed]
+    plain = replace(config, visits=())
+    rows = []
+
+    def total_error(visits: tuple[int, ...]) -> float:
+        return sum(curve.at(k) for curve, k in zip(curves, visits))
+
+    for k in config.repaired:
+
+        def cost_of(visits: int) -> float:
+            asked = replace(plain, repaired=(visits,))
+            return asked.layer_flops(
+                0,
+                visits,
+                model_width=dense.hidden_size,
+                rows=dense.intermediate_size,
+            )
+
+        made = allocate(curves, cost_of, cost_of(k))
+        rows.append(min(made, (k,) * len(curves), key=total_error))
+    return replace(config, visits=tuple(rows))
+
+
+class Conversion:
+    """Dense layers to expert graphs, on one stream a K.
+
+    Args:
+        source: the dense model.
+        calibration_BS: (B, S) int64 token ids that repairs are fitted to.
+        config: of the model to be made, with its visits.
+        heldout_HS: (H, S) int64; carried along so that every K can be scored on it when
+            all layers are done, without loading the model. K = E is carried too then.
+    """
+
+    def __init__(
+        self,
+        source: DenseSource,
+        calibration_BS: Tensor,
+        config: ExpertModelConfig,
+        heldout_HS: Tensor | None = None,
+    ) -> None:
+        self.source, self.config = source, config
+        self.fitted = len(calibration_BS)
+        """The first so many sequences of a stream are calibration text."""
+        tokens = (
+            [calibration_BS] if heldout_HS is None else [calibration_BS, heldout_HS]
+        )
+        hidden_BSD = source.embed(torch.cat(tokens))
+        inputs = source.attention_inputs(calibration_BS.shape[1])
+        self.dense = TextStream(hidden_BSD, inputs)
+        self.streams = {k: TextStream(hidden_BSD, inputs) for k in self.streamed}
+        if heldout_HS is not None:
+            whole = TextStream(hidden_BSD[self.fitted :], inputs)
+            self.streams[config.num_experts] = whole
+        self.ridges: dict[int, tuple[float, float]] = {}
+        self.next_layer = 0
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Values of K below E that have a stream of their own."""
+        config = self.config
+        wanted = {config.experts_per_token, *config.repaired} - {config.num_experts}
+        return tuple(sorted(wanted))
+
+    @torch.no_grad()
+    def run(
+        self, surveyed: Sequence[Surveyed], *, whole: bool = False
+    ) -> Iterator[tuple[int, nn.Module, LayerReport | None]]:
+        """Convert the layers that are left, in order.
+
+        Args:
+            surveyed: of every layer to convert.
+            whole: go on through the dense layers behind the last converted one.
+
+        Yields:
+            (index, decoder layer, report); the report is None, and the layer as it was,
+            where it stays dense.
+        """
+        last = self.config.layers[-1] + 1
+        if whole:
+            last = self.source.config.num_hidden_layers
+        for index in range(self.next_layer, last):
+            layer = self.source.layer(index)
+            report = None
+            if index in self.config.layers:
+                position = self.config.layers.index(index)
+                layer, report = self._convert(position, layer, surveyed[position])
+            else:
+                for stream in (self.dense, *self.streams.values()):
+                    stream.advance(*stream.attend(layer, index), layer.mlp)
+            self.next_layer = index + 1
+            yield index, layer, report
+
+    def _convert(
+        self, position: int, layer: nn.Module, surveyed: Surveyed
+    ) -> tuple[ExpertDecoderLayer, LayerReport]:
+        start = time.perf_counter()
+        config, index = self.config, self.config.layers[position]
+        visits = config.layer_visits(position)
+        mlp = build_layer(position, layer.mlp, surveyed, visits, config)
+        self.dense.advance(*self.dense.attend(layer, index), layer.mlp)
+        error, left, ridges = {}, {}, {}
+        for k, stream in self.streams.items():
+            x_BSD, after_BSD = stream.attend(layer, index)
+            if k in config.repaired:
+                target_BSD = self.dense.hidden_BSD[: self.fitted]
+                repair, fit = fit_repair(
+                    mlp,
+                    k,
+                    x_BSD[: self.fitted],
+                    after_BSD[: self.fitted],
+                    target_BSD,
+                    rank=config.repair_rank,
+                    near=self.ridges.get(k, START),
+                )
+                mlp.add_repair(k, repair)
+                self.ridges[k] = ridges[k] = fit.ridges
+                left[k] = fit.left
+            options = WalkOptions(experts_per_token=k, use_assembler=False)
+            stream.advance(x_BSD, after_BSD, lambda x: mlp(x, options)[0])
+            if k in self.streamed:
+                error[k] = self._error(stream)
+        report = LayerReport(
+            layer=index,
+            visits={k: mlp.visits_at(k) for k in self.streamed},
+            error=error,
+            left=left,
+            ridges=ridges,
+            seconds=time.perf_counter() - start,
+        )
+        return ExpertDecoderLayer(layer, mlp), report
+
+    def _error(self, stream: TextStream) -> float:
+        total, count = 0.0, 0
+        rows = zip(
+            stream.hidden_BSD[: self.fitted].split(8),
+            self.dense.hidden_BSD[: self.fitted].split(8),
+        )
+        for found, wanted in rows:
+            gap = (found.float() - wanted.float()).norm(dim=2)
+            share = gap / wanted.float().norm(dim=2).clamp(min=1e-12)
+            total, count = total + float(share.double().sum()), count + share.numel()
+        return total / max(1, count)
+
+
+class _Counter:
+    """Survey and conversion as one progress."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def step(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)

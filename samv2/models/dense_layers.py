@@ -74,6 +74,7 @@ class DenseLayers:
     """A dense checkpoint read one decoder layer at a time; see :meth:`open`.
 
     Args:
+        folder: of the checkpoint.
         skeleton: the causal LM on the meta device.
         stored: every tensor that the model needs, by its Hugging Face name.
         dtype: of everything that is read.
@@ -82,11 +83,13 @@ class DenseLayers:
 
     def __init__(
         self,
+        folder: Path,
         skeleton: PreTrainedModel,
         stored: dict[str, _Stored],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.folder = folder
         self.config: PretrainedConfig = skeleton.config
         self.dtype, self.device = dtype, device
         self._skeleton, self._stored = skeleton, stored
@@ -123,7 +126,7 @@ class DenseLayers:
         if len(there) == 2:
             _check_tie(folder, *there)
         in_order = {name: stored[name] for name in shapes}
-        return cls(skeleton, in_order, dtype, torch.device(device))
+        return cls(folder, skeleton, in_order, dtype, torch.device(device))
 
     @property
     def num_layers(self) -> int:
@@ -207,39 +210,14 @@ class DenseLayers:
             )
         return self._read([name])[name]
 
-    @torch.no_grad()
     def attention_inputs(self, length: int) -> AttentionInputs:
         """Positions, rotary embeddings and masks for sequences of ``length`` tokens.
-
-        They are those of unpadded text without a cache, and serve every batch size.
 
         Raises:
             ModelError: the length is below 1.
         """
-        if length < 1:
-            raise ModelError(f"length is {length}; sequences need at least 1 token")
-        config = self.config
-        positions_1S = torch.arange(length, device=self.device).unsqueeze(0)
-        like_1S1 = torch.zeros(1, length, 1, dtype=self.dtype, device=self.device)
-        # A new module each time: some kinds change their frequencies with the length.
-        rotary = type(self._skeleton.model.rotary_emb)(config=config).to(self.device)
-        slides = [_slides(config, index) for index in range(self.num_layers)]
-        makers = {False: create_causal_mask, True: create_sliding_window_causal_mask}
-        masks = {
-            kind: makers[kind](
-                config=config,
-                inputs_embeds=like_1S1,
-                attention_mask=None,
-                past_key_values=None,
-                position_ids=positions_1S,
-            )
-            for kind in set(slides)
-        }
-        return AttentionInputs(
-            positions_1S=positions_1S,
-            embeddings=rotary(like_1S1, position_ids=positions_1S),
-            masks=tuple(masks[kind] for kind in slides),
-        )
+        rotary = type(self._skeleton.model.rotary_emb)
+        return attention_inputs(self.config, rotary, length, self.dtype, self.device)
 
     def _fill(self, prefix: str, kind: type[nn.Module], *args: Any) -> nn.Module:
         """A module made without memory, with its tensors read into it."""
@@ -265,6 +243,54 @@ class DenseLayers:
                     _check_finite(file, name, found)
                     tensors[name] = found
         return tensors
+
+
+@torch.no_grad()
+def attention_inputs(
+    config: PretrainedConfig,
+    rotary: type[nn.Module],
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AttentionInputs:
+    """Positions, rotary embeddings and masks for sequences of ``length`` tokens.
+
+    They are those of unpadded text without a cache, and serve every batch size.
+
+    Args:
+        config: of the dense model.
+        rotary: class of its rotary embedding. A module is made each time, because some
+            kinds change their frequencies with the length.
+        length: S.
+        dtype: of the stream.
+        device: of the stream.
+
+    Raises:
+        ModelError: the length is below 1.
+    """
+    if length < 1:
+        raise ModelError(f"length is {length}; sequences need at least 1 token")
+    positions_1S = torch.arange(length, device=device).unsqueeze(0)
+    like_1S1 = torch.zeros(1, length, 1, dtype=dtype, device=device)
+    slides = [_slides(config, index) for index in range(config.num_hidden_layers)]
+    makers = {False: create_causal_mask, True: create_sliding_window_causal_mask}
+    masks = {
+        kind: makers[kind](
+            config=config,
+            inputs_embeds=like_1S1,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=positions_1S,
+        )
+        for kind in set(slides)
+    }
+    return AttentionInputs(
+        positions_1S=positions_1S,
+        embeddings=rotary(config=config).to(device)(
+            like_1S1, position_ids=positions_1S
+        ),
+        masks=tuple(masks[kind] for kind in slides),
+    )
 
 
 def _skeleton(

@@ -48,6 +48,12 @@ class ExpertModelConfig:
     """Whether edges carry data (trainable strengths)."""
     surrogate_rank: int = 0
     """Q; 0 means no surrogates."""
+    repaired: tuple[int, ...] = ()
+    """Values of K that have a repair of their own."""
+    repair_rank: int = 0
+    """Rank of the repairs' linear stand-ins."""
+    visits: tuple[tuple[int, ...], ...] = ()
+    """For each repaired K, the visits of every converted layer; empty: K everywhere."""
     adapter_rank: int = 8
     """R."""
     adapter_scale: float = 2.0
@@ -63,7 +69,37 @@ class ExpertModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; the inverse of :meth:`from_json`."""
-        return asdict(self) | {"layers": list(self.layers)}
+        lists = {"layers": list(self.layers), "repaired": list(self.repaired)}
+        return asdict(self) | lists | {"visits": [list(row) for row in self.visits]}
+
+    def layer_visits(self, position: int) -> dict[int, int]:
+        """By K, how many visits one converted layer makes where that is not K itself."""
+        return {
+            k: row[position] for k, row in zip(self.repaired, self.visits, strict=False)
+        }
+
+    def layer_flops(
+        self, position: int, k: int, *, model_width: int, rows: int
+    ) -> float:
+        """FFN multiply-adds of one converted layer at K over those of the dense layer.
+
+        Args:
+            position: among the converted layers.
+            k: K.
+            model_width: D.
+            rows: M.
+        """
+        own = self.layer_visits(position).get(k, k)
+        return ffn_flops_fraction(
+            model_width=model_width,
+            ffn_width=rows,
+            num_experts=self.num_experts,
+            experts_per_token=own,
+            surrogate_rank=self.surrogate_rank,
+            repair_rank=(
+                min(self.repair_rank, model_width) if k in self.repaired else None
+            ),
+        )
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> ExpertModelConfig:
@@ -79,11 +115,31 @@ class ExpertModelConfig:
                 "by another version of samv2"
             )
         try:
-            return cls(**(values | {"layers": tuple(values["layers"])}))
+            lists = {name: tuple(values[name]) for name in ("layers", "repaired")}
+            visits = tuple(tuple(row) for row in values["visits"])
+            config = cls(**(values | lists | {"visits": visits}))
         except (KeyError, TypeError) as error:
             raise ModelError(
                 f"the expert model's config is incomplete: {error}"
             ) from None
+        found = [len(row) for row in config.visits]
+        expected = [len(config.layers)] * len(config.repaired)
+        if found and found != expected:
+            raise ModelError(
+                f"the expert model's config has visits for {found} layers, one row for "
+                f"each of the K {list(config.repaired)}; it needs {expected}"
+            )
+        return config
+
+    def flops_fraction(self, dense: PretrainedConfig, k: int) -> float:
+        """FFN multiply-adds at K over the dense model's, dense layers counted as 1."""
+        total = dense.num_hidden_layers
+        width, rows = dense.hidden_size, dense.intermediate_size
+        converted = sum(
+            self.layer_flops(position, k, model_width=width, rows=rows)
+            for position in range(len(self.layers))
+        )
+        return (total - len(self.layers) + converted) / total
 
 
 class ExpertCache(DynamicCache):
@@ -324,15 +380,7 @@ class ExpertModel(nn.Module):
         """FFN multiply-adds over the dense model's, dense layers counted as 1."""
         config = self.expert_config
         k = config.experts_per_token if experts_per_token is None else experts_per_token
-        total = self.config.num_hidden_layers
-        converted = ffn_flops_fraction(
-            model_width=self.config.hidden_size,
-            ffn_width=self.config.intermediate_size,
-            num_experts=config.num_experts,
-            experts_per_token=k,
-            surrogate_rank=config.surrogate_rank,
-        )
-        return (total - len(config.layers) + len(config.layers) * converted) / total
+        return config.flops_fraction(self.config, k)
 
     def _refuse_left_padding(self, attention_mask: Tensor | None) -> None:
         if self.assembler is None or attention_mask is None:

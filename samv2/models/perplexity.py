@@ -98,6 +98,23 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
+def score_hidden(hidden_NSD: Tensor, head_VD: Tensor, tokens_NS: Tensor) -> Score:
+    """Score windows by their last hidden states.
+
+    Args:
+        hidden_NSD: (N, S, D) behind the final norm.
+        head_VD: (V, D).
+        tokens_NS: (N, S) int64; the first of each window is not predicted.
+    """
+    rows_ND = hidden_NSD[:, :-1].flatten(0, 1)
+    targets_N = tokens_NS[:, 1:].flatten()
+    if not len(targets_N):
+        return Score(nll=0.0, tokens=0)
+    loss = _FrozenHeadLoss.apply(rows_ND, head_VD, targets_N)
+    return Score(nll=float(loss) * len(targets_N), tokens=len(targets_N))
+
+
+@torch.no_grad()
 def score_windows(
     model: ExpertModel | PreTrainedModel,
     windows_NS: Tensor,

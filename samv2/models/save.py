@@ -1,16 +1,17 @@
 """Expert models on disk: a folder of one JSON file and safetensors, and back.
 
 ``expert_config.json`` is the dense model's Hugging Face config with the key ``samv2``
-(:class:`ExpertModelConfig`). ``model.safetensors`` holds the decoder under its Hugging
-Face names, with a converted layer's ``mlp`` as its experts, gate, surrogates and graph.
-The frozen adapter factors are generated from the seed and not stored.
+(:class:`ExpertModelConfig`). The ``*.safetensors`` files together (one, or one a layer
+where a bootstrap streamed) hold the decoder under its Hugging Face names, with a
+converted layer's ``mlp`` as its experts, gate, surrogates, repairs and graph. The frozen
+adapter factors are generated from the seed and not stored.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,10 @@ from samv2.common.errors import ModelError
 from samv2.common.files import replace_folder
 from samv2.experts.calibration import Gate
 from samv2.experts.moe_layers import ExpertGraphMLP
-from samv2.models.bootstrap import layer_factors, make_assembler
+from samv2.experts.repair import Repair, repair_name
+from samv2.models.assembler import Assembler
+from samv2.models.bootstrap import make_assembler
+from samv2.models.convert_layer import layer_factors
 from samv2.models.expert_model import (
     ExpertDecoderLayer,
     ExpertModel,
@@ -50,11 +54,17 @@ def save_expert_model(
 ) -> None:
     """Write the model so that a crash leaves either the old folder or the new one."""
     with replace_folder(folder) as target:
-        config = model.config.to_dict()
-        config[CONFIG_KEY] = model.expert_config.to_json()
-        (target / CONFIG_FILE).write_text(json.dumps(config, indent=1))
+        write_config(target, model.config, model.expert_config)
         save_file(_weights(model), target / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save_pretrained(target)
+
+
+def write_config(
+    folder: Path, dense: PretrainedConfig, config: ExpertModelConfig
+) -> None:
+    """``expert_config.json``."""
+    values = dense.to_dict() | {CONFIG_KEY: config.to_json()}
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1))
 
 
 def is_expert_model(folder: Path) -> bool:
@@ -83,6 +93,11 @@ def conversion_settings(folder: Path) -> dict[str, str | int | float | bool]:
         "experts.combine": config.combine,
         "experts.chains": config.chains,
         "experts.surrogate_rank": config.surrogate_rank,
+        "experts.repair": bool(config.repaired),
+        "experts.other_k": ",".join(
+            str(k) for k in config.repaired if k != config.experts_per_token
+        ),
+        "experts.allocate": bool(config.visits),
         "adapter.rank": config.adapter_rank,
         "adapter.scale": config.adapter_scale,
         "assembler.width": config.assembler_width,
@@ -119,19 +134,20 @@ def load_expert_model(folder: Path) -> tuple[ExpertModel, PreTrainedTokenizerBas
             "make one with `samv2 bootstrap MODEL --output DIR`"
         )
     config, hf_config = _read_config(folder)
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{folder / WEIGHTS} cannot be read ({error}); bootstrap the model again"
-        ) from None
-
+    weights: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            weights |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{file} cannot be read ({error}); bootstrap the model again"
+            ) from None
     try:
         model = _build(weights, config, hf_config)
     except RuntimeError as error:
         raise ModelError(
-            f"{folder / WEIGHTS} does not fit its config: {error}; bootstrap the model "
-            "again"
+            f"the weights in {folder} do not fit its config: {error}; bootstrap the "
+            "model again"
         ) from None
     try:
         tokenizer = read_tokenizer(folder)
@@ -197,17 +213,24 @@ def _stored(weights: dict[str, Tensor], name: str) -> Tensor:
 
 def _weights(model: ExpertModel) -> dict[str, Tensor]:
     """Every stored tensor once: no tied head, no generated factors, one assembler."""
-    kept: dict[str, Tensor] = {}
-    for name, tensor in model.llama.state_dict().items():
-        if ".mlp.assembler." in name or name.rsplit(".", 1)[-1] in FACTORS:
-            continue
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        kept[name] = tensor.contiguous()
-    if model.assembler is not None:
-        for name, tensor in model.assembler.state_dict().items():
-            kept[f"assembler.{name}"] = tensor.contiguous()
-    return kept
+    kept = stored_tensors(model.llama)
+    if model.config.tie_word_embeddings:
+        kept.pop("lm_head.weight", None)
+    return kept | assembler_tensors(model.assembler)
+
+
+def stored_tensors(module: torch.nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """A module's tensors by the names they have on disk, without generated ones."""
+    return {
+        prefix + name: tensor.contiguous()
+        for name, tensor in module.state_dict().items()
+        if "mlp.assembler." not in name and name.rsplit(".", 1)[-1] not in FACTORS
+    }
+
+
+def assembler_tensors(assembler: Assembler | None) -> dict[str, Tensor]:
+    """The assembler's tensors by the names they have on disk."""
+    return {} if assembler is None else stored_tensors(assembler, "assembler.")
 
 
 def _layer_from(
@@ -226,7 +249,7 @@ def _layer_from(
             out_EQD=part("surrogate_out_EQD"),
             bias_ED=part("surrogate_bias_ED"),
         )
-    return ExpertGraphMLP(
+    layer = ExpertGraphMLP(
         layer=position,
         weights=base,
         gate=Gate(weight_ED=part("gate_weight_ED"), bias_E=part("gate_bias_E")),
@@ -239,7 +262,14 @@ def _layer_from(
         combine=config.combine,
         chains=config.chains,
         prefix_tokens=config.prefix_tokens,
+        visits=config.layer_visits(position),
     )
+    for k in config.repaired:
+        parts = {
+            field.name: part(repair_name(k, field.name)) for field in fields(Repair)
+        }
+        layer.add_repair(k, Repair(**parts))
+    return layer
 
 
 def _check_keys(missing: list[str], unexpected: list[str], *, tied: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -28,9 +29,12 @@ def refuse(
     def long_work(*_: object, **__: object) -> None:
         raise AssertionError("long work began")
 
-    monkeypatch.setattr("samv2.federated.prepare.bootstrap", long_work)
-    for name in ("heldout", "frontier"):
-        monkeypatch.setattr(f"samv2.federated.{name}.score_windows", long_work)
+    for name in (
+        "prepare.bootstrap",
+        "frontier.bootstrap_to_folder",
+        "heldout.score_windows",
+    ):
+        monkeypatch.setattr(f"samv2.federated.{name}", long_work)
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> str:
@@ -142,6 +146,49 @@ def test_runs(
     wrong = [*SETS, "--set=adapter.rank=2"]
     found = refuse("train", f"--set=model.path={tiny_bootstrapped}", *wrong)
     says(found, "adapter.rank is 2", "use 4")
+
+
+def test_bootstrap_options(
+    refuse: Callable[..., str], tiny_llama_folder: Path, tiny_bootstrapped: Path
+) -> None:
+    bootstrap = ("bootstrap", str(tiny_llama_folder), "--output", "out", *SETS)
+    found = refuse(*bootstrap, "--flops=0.5", "--target-ppl-ratio=1.2")
+    says(found, "--flops and --target-ppl-ratio exclude each other", "give one")
+    for ratio in ("1", "0.9", "-2", "nan", "inf"):
+        found = refuse(*bootstrap, f"--target-ppl-ratio={ratio}")
+        says(found, "--target-ppl-ratio is", ratio, "above 1")
+    target = (*bootstrap, "--target-ppl-ratio=1.5")
+    found = refuse(*target, "--set=experts.repair=false")
+    says(found, "experts.repair is false", "leave the option out")
+    says(refuse(*target, "--set=experts.combine=softmax"), "'softmax'", "'unit'")
+    for share in ("0.01", "-1", "nan"):
+        found = refuse(*bootstrap, f"--flops={share}")
+        says(found, f"--flops is {share}", "the least that can be had is", "(K = 1 in")
+    least = re.search(r"can be had is (\d\.\d+)", found)
+    assert least is not None
+    with pytest.raises(AssertionError, match="long work began"):
+        main([*bootstrap, f"--flops={least[1]}"])
+    says(refuse(*bootstrap, "--flops=50"), "--flops is 50", "a share such as 0.5")
+    assert not Path("out").exists()
+    found = refuse("bootstrap", str(tiny_bootstrapped), "--output", "out", *SETS)
+    says(found, str(tiny_bootstrapped), "an expert graph already", "samv2 train")
+    found = refuse(*bootstrap, "--output", str(tiny_bootstrapped))
+    says(found, str(tiny_bootstrapped), "exists", "--overwrite")
+
+
+def test_bootstrap_text(refuse: Callable[..., str], tiny_llama_folder: Path) -> None:
+    bootstrap = ("bootstrap", str(tiny_llama_folder), "--output", "out", *SETS)
+    found = refuse(*bootstrap, "--also-score", "math,pydog")
+    says(found, "'pydog'", "pydoc", "NAME=PATH")
+    found = refuse(*bootstrap, "--also-score", "python")
+    says(found, "'python'", "rename one")
+    found = refuse(*bootstrap, "--also-score=own=missing.txt")
+    says(found, "missing.txt", "check the path")
+    Path("small.txt").write_text("One short line.\n" * 9)
+    says(refuse(*bootstrap, "--also-score", "own=small.txt"), "own", "too small")
+    found = refuse(*bootstrap, "--set=train.sequence_length=30000")
+    says(found, "domain python has", "30000", "data.heldout_bytes")
+    assert not Path("out").exists()
 
 
 def test_own_texts(

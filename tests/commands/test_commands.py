@@ -76,31 +76,6 @@ def test_doctor_says_what_is_broken(
     assert "broken" in capsys.readouterr().out
 
 
-def test_bootstrap_saves_its_frontier(tiny_bootstrapped: Path) -> None:
-    frontier = json.loads((tiny_bootstrapped / "frontier.json").read_text())
-    assert [point["experts_per_token"] for point in frontier] == [2, 4, 6, 8]
-    fractions = [point["ffn_flops_fraction"] for point in frontier]
-    assert fractions == sorted(fractions)
-    for point in frontier:
-        assert list(point["perplexity"]) == list(point["dense_perplexity"])
-        assert set(point["perplexity"]) == {"python", "pydoc"}
-    last = frontier[-1]
-    for name, value in last["perplexity"].items():
-        assert value == pytest.approx(last["dense_perplexity"][name], rel=1e-4)
-        assert all(p["perplexity"][name] > 0.99 * value for p in frontier)
-    assert (tiny_bootstrapped / "cluster_stats.txt").read_text()
-
-
-def test_bootstrap_replaces_its_own_folder_only_when_told(
-    tiny_bootstrapped: Path, tiny_llama_folder: Path, tmp_path: Path
-) -> None:
-    for output, extra in ((tiny_bootstrapped, []), (tmp_path, ["--overwrite"])):
-        (tmp_path / "thesis.txt").write_text("mine")
-        arguments = ["bootstrap", str(tiny_llama_folder), "--output", str(output)]
-        assert main([*arguments, *extra]) == 2
-    assert (tmp_path / "thesis.txt").exists()
-
-
 def evaluate(
     capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> dict[str, dict[str, dict[str, float]]]:
@@ -142,16 +117,6 @@ def test_eval_of_own_text_and_another_k(
     assert dense["models"]["dense model"]["mine"] == pytest.approx(high, rel=0.1)
     assert main(["eval", str(run_folder), *options]) == 0
     assert "mine" in capsys.readouterr().out
-
-
-def test_eval_of_a_bootstrapped_folder(
-    tiny_bootstrapped: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = [f"--set={item}" for item in SMALL]
-    found = evaluate(capsys, str(tiny_bootstrapped), *options)
-    frontier = json.loads((tiny_bootstrapped / "frontier.json").read_text())
-    expected = frontier[1]["perplexity"]
-    assert found["models"]["expert graph"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_export_is_the_full_model_without_samv2(

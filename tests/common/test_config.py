@@ -36,6 +36,7 @@ def some_settings(draw: st.DrawFn) -> Settings:
             "adapter.scale": draw(st.floats(allow_nan=False, allow_infinity=False)),
             "train.learning_rate": draw(st.floats(1e-300, 1e300)),
             "data.domains": tuple(draw(st.lists(NAMES, min_size=1, unique=True))),
+            "experts.other_k": tuple(draw(st.lists(st.integers(2, 9), max_size=4))),
         }
     )
 
@@ -91,6 +92,12 @@ def test_an_override_may_hold_an_equals_sign() -> None:
         ("experts.chains", "FALSE", False),
         ("data.domains", ["a", "b"], ("a", "b")),
         ("data.domains", "a,,b,", ("a", "b")),
+        ("experts.other_k", "2, 4,,16", (2, 4, 16)),
+        ("experts.other_k", "4", (4,)),
+        ("experts.other_k", "", ()),
+        ("experts.other_k", [2, 4], (2, 4)),
+        ("experts.other_k", ["2", 4], (2, 4)),
+        ("experts.other_k", (), ()),
     ],
 )
 def test_values_are_read_as_their_fields_type(
@@ -119,6 +126,11 @@ def test_values_are_read_as_their_fields_type(
         ("model.path", 3, "write a string"),
         ("data.domains", 3, "write a list of strings"),
         ("data.domains", ["a", 1], "write a list of strings"),
+        ("experts.other_k", 4, "write a list of whole numbers"),
+        ("experts.other_k", "2,x", "write a whole number"),
+        ("experts.other_k", [2, 1.5], "write a whole number"),
+        ("experts.other_k", [True], "write a whole number"),
+        ("experts.other_k", [[2]], "write a whole number"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(
@@ -178,3 +190,15 @@ def test_settings_are_described_in_order_with_defaults_and_types() -> None:
     table = {key: (default, kind) for key, default, kind in rows}
     assert table["data.domains"] == ("legal,bible,biomed,python", "list")
     assert table["experts.chains"] == (False, "bool")
+    assert table["experts.other_k"] == ("", "list")
+
+
+def test_lists_of_numbers_are_written_and_read_as_such(tmp_path: Path) -> None:
+    path = write(tmp_path, "[experts]\nother_k = [2, 4]\n")
+    settings = load_settings(path)
+    assert settings.experts.other_k == (2, 4)
+    assert to_flat(settings)["experts.other_k"] == "2,4"
+    assert load_settings(path, ["experts.other_k=3"]).experts.other_k == (3,)
+    assert load_settings(path, ["experts.other_k="]).experts.other_k == ()
+    with pytest.raises(ConfigError, match=r"other_k names 17; K must lie in 2..16"):
+        load_settings(path, ["experts.other_k=2,17"])

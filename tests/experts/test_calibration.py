@@ -26,7 +26,7 @@ TOKENS, WIDTH, EXPERTS, ROWS = 200, 6, 3, 4
 def expert_output(x_ND: Tensor, weights: ExpertWeights, expert: int) -> Tensor:
     """FFN_e(x), (N, D)."""
     down_FD = weights.down_EFD[expert]
-    return expert_hidden(x_ND, weights, expert).to(down_FD.dtype) @ down_FD
+    return expert_hidden(x_ND, weights)[:, expert].to(down_FD.dtype) @ down_FD
 
 
 def make_weights() -> ExpertWeights:
@@ -74,6 +74,33 @@ def weighted_error(surrogates: Surrogates, weights: ExpertWeights) -> float:
         y_ND = expert_output(x_ND, weights, expert)
         total += (y_ND - stand_in(x_ND, surrogates, expert)).square().sum(dim=1)
     return float((total / norm_N.square()).mean())
+
+
+def test_hidden_units_are_those_of_every_expert() -> None:
+    (x_ND, _), weights = inputs(), make_weights()
+    hidden_NEF = expert_hidden(x_ND, weights)
+    assert hidden_NEF.shape == (TOKENS, EXPERTS, ROWS)
+    for expert in range(EXPERTS):
+        gate_NF = x_ND @ weights.gate_EFD[expert].T
+        expected = torch.nn.functional.silu(gate_NF) * (x_ND @ weights.up_EFD[expert].T)
+        assert_close("hidden", hidden_NEF[:, expert], expected, "fp32")
+
+
+def test_moments_are_those_of_the_weighted_inputs() -> None:
+    """Their level undoes the scaling of the weights."""
+    x_ND, norm_N = inputs()
+    moments = input_moments(x_ND, norm_N)
+    assert float(moments.weight_N.mean()) == pytest.approx(1, rel=1e-5)
+    assert_close("weights", moments.weight_N * moments.level, norm_N.pow(-2), "fp32")
+    weight_N1 = moments.weight_N.double().unsqueeze(1)
+    mean_D = (weight_N1 * x_ND).mean(dim=0)
+    assert_close("mean", moments.mean_D, mean_D, "fp32")
+    centred_ND = x_ND.double() - mean_D
+    second_DD = (weight_N1 * centred_ND).T @ centred_ND
+    ridge = RIDGE * second_DD.diagonal().mean()
+    inverse_DD = torch.linalg.inv(second_DD + ridge * torch.eye(WIDTH).double())
+    found_DD = moments.whiten_DD.T @ moments.whiten_DD
+    assert_close("whitening", found_DD, inverse_DD, "logits")
 
 
 def test_full_rank_surrogates_are_the_ridge_solution() -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from samv2.common.errors import ModelError
+from samv2.experts import emoe_cluster
 from samv2.experts.emoe_cluster import (
     FEATURES,
+    SOLVERS,
     balanced_clusters,
     check_divisible,
     choose_shared_rows,
@@ -59,15 +61,37 @@ def test_clusters_are_exactly_balanced_and_better_than_random(
     assert order.tolist() == again.tolist()
 
 
-def test_planted_groups_are_found() -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_planted_groups_are_found(solver: str) -> None:
     truth = torch.arange(40) % 4
     shuffled = truth[torch.randperm(40, generator=generator(0))]
     centres = 10 * randn(4, 6, seed=1)
-    labels = balanced_clusters(centres[shuffled] + randn(40, 6, seed=2), 4, seed=0)
+    features_MF = centres[shuffled] + randn(40, 6, seed=2)
+    labels = balanced_clusters(features_MF, 4, seed=0, solver=solver)
     pairs = set(zip(labels.tolist(), shuffled.tolist()))
     assert len(pairs) == 4
     first = [int(np.flatnonzero(labels == e)[0]) for e in range(4)]
     assert first == sorted(first), "labels are numbered by their smallest row"
+
+
+@pytest.mark.parametrize("most, used", [(5, "reference"), (6, "fast")])
+def test_many_clusters_go_to_the_reference(
+    most: int, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emoe_cluster, "FAST_CLUSTERS", most)
+    features_MF = randn(60, 5, seed=0)
+    labels = balanced_clusters(features_MF, 6, seed=0)
+    by_solver = {
+        solver: balanced_clusters(features_MF, 6, seed=0, solver=solver)
+        for solver in ("fast", "reference")
+    }
+    assert by_solver["fast"].tolist() != by_solver["reference"].tolist()
+    assert labels.tolist() == by_solver[used].tolist()
+
+
+def test_an_unknown_solver_is_refused() -> None:
+    with pytest.raises(ModelError, match="solver is 'slow'; use one of auto, fast"):
+        balanced_clusters(randn(12, 3, seed=0), 3, seed=0, solver="slow")
 
 
 def test_rows_that_fire_together_are_put_together() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samv2.common.errors import ModelError
+from samv2.experts import moe_layers
 from samv2.experts.calibration import Gate
 from samv2.experts.moe_layers import (
     ExpertGraphMLP,
@@ -19,6 +20,7 @@ from samv2.experts.moe_layers import (
     ffn_flops_fraction,
     to_positions,
 )
+from samv2.experts.repair import Repair
 from samv2_kernels import ExpertWeights, Surrogates, Walk, count_usage
 from tests.helpers import assert_close, randn
 
@@ -380,3 +382,286 @@ def test_flops_are_counted_by_hand() -> None:
     assert fraction == pytest.approx((80 + 900 + 20 * (1 + 2)) / 1200)
     fraction = ffn_flops_fraction(**sizes, experts_per_token=8)
     assert fraction == pytest.approx((80 + 1200) / 1200)
+
+
+def test_a_repair_replaces_the_stand_ins_in_the_flops() -> None:
+    """D 10, M 40, E 8, F 5, Q 2: dense 1200; gate 80; an expert 150; a repair 40."""
+    sizes = dict(model_width=10, ffn_width=40, num_experts=8, surrogate_rank=3)
+    for k, expected in ((2, 80 + 300 + 40), (7, 80 + 1050 + 40), (8, 80 + 1200)):
+        fraction = ffn_flops_fraction(**sizes, experts_per_token=k, repair_rank=2)
+        assert fraction == pytest.approx(expected / 1200)
+    fraction = ffn_flops_fraction(**sizes, experts_per_token=2, repair_rank=0)
+    assert fraction == pytest.approx(380 / 1200)
+
+
+ADAPTERS = ("adapter_gate_EFR", "adapter_up_EFR", "adapter_down_ERF")
+
+
+def make_repair(seed: int = 70, rank: int = RANK) -> Repair:
+    return Repair(
+        down_EFD=randn(EXPERTS, ROWS, WIDTH, seed=seed),
+        in_QD=randn(rank, WIDTH, seed=seed + 1),
+        out_QD=randn(rank, WIDTH, seed=seed + 2),
+        bias_D=randn(WIDTH, seed=seed + 3),
+    )
+
+
+def repaired_by_hand(
+    layer: ExpertGraphMLP, repair: Repair, x_TD: Tensor, walked: Walk
+) -> Tensor:
+    """Token by token and visit by visit; adapters, u and chains included."""
+    scores_TE = scores_of(layer, x_TD).masked_fill(layer.shared_E, -torch.inf)
+    share_TE = torch.softmax(scores_TE, dim=1)
+    rows = []
+    for token, x_D in enumerate(x_TD):
+        y_D = (x_D @ repair.in_QD.T) @ repair.out_QD + repair.bias_D
+        made: list[Tensor] = []
+        ids = walked.expert_ids_TK[token].tolist()
+        parents = walked.parent_slot_TK[token].tolist()
+        for expert, parent in zip(ids, parents):
+            if expert < 0:
+                break
+            h_D = x_D
+            if layer.chains and parent >= 0:
+                strength = layer.edge_strength_EE[ids[parent], expert]
+                h_D = h_D + strength * made[parent]
+            low = layer.scale * layer.factor_gate_RD @ h_D
+            gate_F = layer.gate_EFD[expert] @ h_D + layer.adapter_gate_EFR[expert] @ low
+            low = layer.scale * layer.factor_up_RD @ h_D
+            up_F = layer.up_EFD[expert] @ h_D + layer.adapter_up_EFR[expert] @ low
+            hidden_F = F.silu(gate_F) * up_F
+            low = layer.scale * layer.adapter_down_ERF[expert] @ hidden_F
+            made.append(hidden_F @ repair.down_EFD[expert] + layer.factor_down_DR @ low)
+            weight = 1 + layer.mix_E[expert] * share_TE[token, expert]
+            y_D = y_D + weight * made[-1]
+        rows.append(y_D)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("rank", [0, RANK])
+@pytest.mark.parametrize("how", ["masked", "grouped", "chains"])
+def test_a_repaired_layer_is_its_formula(
+    how: str, rank: int, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever way the visits run, and whether or not their order is looked at."""
+    below = {"masked": 0.0, "grouped": 2.0, "chains": 0.0}[how]
+    monkeypatch.setattr("samv2.experts.moe_layers.GROUPING_PAYS_BELOW", below)
+    layer, repair = make_layer(chains=how == "chains"), make_repair(rank=rank)
+    layer.add_repair(3, repair)
+    fill_parameters(layer, "mix_E", "edge_strength_EE", *ADAPTERS)
+    output, (walked,) = run(layer, X)
+    if not recorded:
+        output = layer(X)[0]
+    expected = repaired_by_hand(layer, repair, X_TD, walked)
+    assert_close("y", output.flatten(0, 1), expected, "fp32")
+
+
+def test_chains_matter_to_a_repaired_layer() -> None:
+    """Or the test above would hold of a layer without them."""
+    outputs = []
+    for chains in (False, True):
+        layer = make_layer(chains=chains)
+        layer.add_repair(3, make_repair())
+        fill_parameters(layer, "edge_strength_EE")
+        outputs.append(run(layer, X)[0])
+    assert float((outputs[0] - outputs[1]).detach().abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("chains", [False, True])
+def test_a_k_without_a_repair_of_its_own_is_left_alone(chains: bool) -> None:
+    plain, repaired = make_layer(chains=chains), make_layer(chains=chains)
+    repaired.add_repair(4, make_repair(80))
+    repaired.add_repair(3, make_repair())
+    assert repaired.repaired == (3, 4) and plain.repaired == ()
+    for layer in (plain, repaired):
+        fill_parameters(layer, "mix_E", *ADAPTERS)
+    for k in (1, 2, 5, EXPERTS):
+        expected, found = (
+            run(layer, X, experts_per_token=k)[0] for layer in (plain, repaired)
+        )
+        assert torch.equal(found, expected), k
+        assert repaired.repair(k) is None
+    for k in (3, 4):
+        found = run(repaired, X, experts_per_token=k)[0]
+        assert not torch.equal(found, run(plain, X, experts_per_token=k)[0])
+        expected = repaired_by_hand(
+            repaired,
+            make_repair(80 if k == 4 else 70),
+            X_TD,
+            run(repaired, X, experts_per_token=k)[1][0],
+        )
+        assert_close(f"K = {k}", found.flatten(0, 1), expected, "fp32")
+
+
+def test_adapters_add_their_part_to_a_repair() -> None:
+    """What they add to the down projection is the same with and without one."""
+    parts = []
+    for repaired in (False, True):
+        outputs = []
+        for filled in (False, True):
+            layer = make_layer(surrogates=False)
+            if repaired:
+                layer.add_repair(3, make_repair())
+            if filled:
+                fill_parameters(layer, "adapter_down_ERF")
+            outputs.append(run(layer, X)[0])
+        parts.append(outputs[1] - outputs[0])
+    assert float(parts[0].detach().abs().max()) > 0.1
+    assert_close("adapters", parts[1], parts[0], "fp32")
+
+
+@pytest.mark.parametrize("how", ["masked", "grouped", "chains"])
+def test_gradients_pass_a_repaired_layer(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the formula, from plain loops; the repair itself is frozen."""
+    below = {"masked": 0.0, "grouped": 2.0, "chains": 0.0}[how]
+    monkeypatch.setattr("samv2.experts.moe_layers.GROUPING_PAYS_BELOW", below)
+    layer, repair = make_layer(chains=how == "chains"), make_repair()
+    layer.add_repair(3, repair)
+    fill_parameters(layer, "mix_E", "edge_strength_EE", *ADAPTERS)
+    probe = randn(2 * 7, WIDTH, seed=90)
+    output, (walked,) = run(layer, X)
+    (output.flatten(0, 1) * probe).sum().backward()
+    found = {n: p.grad for n, p in layer.named_parameters()}
+    for name in ("gate_weight_ED", "gate_bias_E", *ADAPTERS):
+        assert found[name] is not None and bool(found[name].any()), name
+    assert (found["edge_strength_EE"] is not None) == (how == "chains")
+    assert all(not buffer.requires_grad for buffer in layer.buffers())
+    layer.zero_grad()
+    by_hand = repaired_by_hand(layer, repair, X_TD.clone(), walked)
+    (by_hand * probe).sum().backward()
+    for name in ADAPTERS:
+        assert_close(name, found[name], getattr(layer, name).grad, "fp32")
+
+
+@pytest.mark.parametrize("below", [0.0, 2.0])
+def test_the_gate_of_a_repaired_layer_learns_what_a_visit_adds(
+    below: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """d y / d g_e = sigmoid'(g_e - threshold) h_e D_e of visited experts."""
+    monkeypatch.setattr("samv2.experts.moe_layers.GROUPING_PAYS_BELOW", below)
+    layer, repair = make_layer(num_shared=0), make_repair()
+    layer.add_repair(3, repair)
+    probe = randn(2 * 7, WIDTH, seed=90)
+    output, (walked,) = run(layer, X)
+    loss = (output.flatten(0, 1) * probe).sum()
+    (gradient,) = torch.autograd.grad(loss, layer.gate_bias_E)
+    scores_TE = scores_of(layer, X_TD).detach()
+    soft_TE = torch.sigmoid(scores_TE - scores_TE.topk(3, dim=1).values[:, -1:])
+    layer.down_EFD = repair.down_EFD
+    gain_TE = torch.einsum("ted,td->te", every_expert(layer, X_TD), probe)
+    expected_TE = gain_TE * walked.visited_TE * soft_TE * (1 - soft_TE)
+    assert_close("gate", gradient, expected_TE.sum(0), "fp32")
+
+
+@pytest.mark.parametrize("how", ["masked", "grouped", "chains"])
+def test_inputs_of_a_repaired_layer_get_the_gradient_of_its_formula(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With scores that do not depend on them, so that visits are the same for all."""
+    below = {"masked": 0.0, "grouped": 2.0, "chains": 0.0}[how]
+    monkeypatch.setattr("samv2.experts.moe_layers.GROUPING_PAYS_BELOW", below)
+    layer, repair = make_layer(chains=how == "chains"), make_repair()
+    layer.add_repair(3, repair)
+    fill_parameters(layer, "mix_E", "edge_strength_EE", *ADAPTERS)
+    layer.gate_weight_ED.data.zero_()
+    probe, x_TD = randn(2 * 7, WIDTH, seed=90), X_TD.clone().requires_grad_()
+    output, (walked,) = run(layer, x_TD.view(X.shape))
+    (found,) = torch.autograd.grad((output.flatten(0, 1) * probe).sum(), x_TD)
+    by_hand = repaired_by_hand(layer, repair, x_TD, walked)
+    (expected,) = torch.autograd.grad((by_hand * probe).sum(), x_TD)
+    assert_close("x", found, expected, "fp32")
+
+
+@pytest.mark.parametrize("k", [-1, 0, EXPERTS, EXPERTS + 1])
+def test_a_repair_for_a_k_that_loses_nothing_is_refused(k: int) -> None:
+    layer = make_layer()
+    message = f"a repair for K = {k} of 6 experts was given; only a K in 1..5"
+    with pytest.raises(ModelError, match=message):
+        layer.add_repair(k, make_repair())
+    assert layer.repaired == () and "repair" not in "".join(layer.state_dict())
+
+
+def test_a_repair_of_a_softmax_layer_is_refused() -> None:
+    layer = make_layer(combine="softmax", num_shared=0)
+    with pytest.raises(ModelError, match="combine is 'softmax'; repairs .* 'unit'"):
+        layer.add_repair(3, make_repair())
+
+
+def test_a_second_repair_takes_the_place_of_the_first() -> None:
+    layer = make_layer()
+    layer.add_repair(3, make_repair())
+    layer.add_repair(3, make_repair(80))
+    assert layer.repaired == (3,)
+    found, (walked,) = run(layer, X)
+    expected = repaired_by_hand(layer, make_repair(80), X_TD, walked)
+    assert_close("y", found.flatten(0, 1), expected, "fp32")
+
+
+def test_repairs_are_part_of_the_layers_state() -> None:
+    layer = make_layer()
+    layer.add_repair(3, make_repair())
+    names = {name for name in layer.state_dict() if "repair" in name}
+    assert names == {
+        f"repair_3_{part}" for part in ("down_EFD", "in_QD", "out_QD", "bias_D")
+    }
+    assert not any("repair" in name for name, _ in layer.named_parameters())
+
+
+def test_a_layer_may_visit_more_or_fewer_than_k() -> None:
+    layer = make_layer(visits={4: 6, 3: 2})
+    layer.add_repair(4, make_repair())
+    for k, own in ((4, 6), (3, 2), (2, 2), (5, 5)):
+        assert layer.visits_at(k) == own
+        output, (walked,) = run(layer, X, experts_per_token=k)
+        assert walked.expert_ids_TK.shape == (14, own)
+        assert bool((walked.visited_TE.sum(dim=1) == own).all())
+        assert torch.equal(layer.visited(X_TD, k), walked.visited_TE)
+        if k == 4:
+            expected = repaired_by_hand(layer, make_repair(), X_TD, walked)
+            assert_close("y", output.flatten(0, 1), expected, "fp32")
+    plain = make_layer()
+    expected = run(plain, X, experts_per_token=2)[0]
+    assert torch.equal(run(layer, X)[0], expected), "K = 3 runs as two visits"
+
+
+@pytest.mark.parametrize("visits", [0, EXPERTS + 1])
+def test_visits_that_cannot_be_made_are_refused(visits: int) -> None:
+    with pytest.raises(ModelError, match=f"experts_per_token is {visits}; .* 1..6"):
+        make_layer(visits={4: visits})
+
+
+def test_what_inputs_visit_can_be_asked_for() -> None:
+    """On the server graph, in storage ids, also where experts are ordered."""
+    mask = torch.eye(EXPERTS, dtype=torch.bool)
+    mask[3, 3], mask[0, 3] = False, True
+    layer = make_layer(edge_mask_EE=mask, order_E=ORDER)
+    for k in (1, 2, 4, EXPERTS):
+        _, (walked,) = run(layer, X, experts_per_token=k)
+        visited_TE = layer.visited(X_TD, k)
+        assert visited_TE.dtype == torch.bool
+        assert torch.equal(visited_TE, walked.visited_TE)
+
+
+def test_the_order_of_visits_is_found_only_where_it_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    for name in ("walk", "visit"):
+        original = getattr(moe_layers, name)
+
+        def spy(*args: Any, name: str = name, original: Any = original, **kwargs: Any):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(moe_layers, name, spy)
+    layer = make_layer()
+    plain = layer(X)[0]
+    recorded = run(layer, X)[0]
+    assert torch.equal(plain, recorded)
+    make_layer(chains=True)(X)
+    monkeypatch.setattr(moe_layers, "GROUPING_PAYS_BELOW", 2.0)
+    layer(X)
+    assert calls == ["visit", "walk", "walk", "walk"]

@@ -50,7 +50,7 @@ def decide(
         memory or EdgeMemory.empty(LAYERS, EXPERTS),
         counts,
         settings,
-        experts_per_token=k,
+        visits=[k] * LAYERS,
         num_shared=shared,
     )
 
@@ -135,7 +135,7 @@ def test_the_last_entry_is_never_closed() -> None:
         EdgeMemory.empty(1, 2),
         counts,
         CALM,
-        experts_per_token=1,
+        visits=[1] * graph.edge_mask_LEE.shape[0],
         num_shared=2,
     )
     assert edits == []

@@ -176,9 +176,13 @@ def test_the_summary_adds_up_and_perplexity_falls(finished: Path) -> None:
     summary, rows = read(finished / "summary.json"), read_metrics(finished)
     for name, values in summary["domains"].items():
         assert values["final"] == rows[-1]["perplexity"][name]
-        # The tiny model saw Python before, so that domain has little left to gain.
-        assert values["final"] < values["start"] * (1.01 if name == "python" else 0.98)
-        assert 1 < values["dense"] < values["start"]
+        # A repaired start is all but the dense model, which saw Python before: that
+        # domain has nothing left to gain, the other has.
+        assert 1 < values["dense"] < values["start"] * 1.002 < values["dense"] * 1.05
+        if name == "python":
+            assert values["final"] < values["dense"] * 1.03
+        else:
+            assert values["final"] < values["start"] * 0.98
     assert summary["rounds"] == 3 and summary["clients"] == 2
     assert summary["edits"] == sum(row["edits"] for row in rows)
     assert summary["refused"] == 0
@@ -427,7 +431,7 @@ def test_one_process_serves_two_models_in_turn(
     for change in (0.0, 0.5):
         model, tokenizer = load_expert_model(expert_folder)
         for layer in model.expert_layers:
-            layer.down_EFD.data += change
+            layer.up_EFD.data += change
         save_expert_model(model, tokenizer, folder)
         summary = run(chosen, logs, overwrite=True)
         starts.append(summary["domains"]["python"]["start"])

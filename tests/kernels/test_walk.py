@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from samv2_kernels.reference import Walk, choose_topk, count_usage, reach, walk
+from samv2_kernels.reference import (
+    Visits,
+    Walk,
+    choose_topk,
+    count_usage,
+    reach,
+    visit,
+    walk,
+)
 from tests.helpers import assert_close, generator, randn
 from tests.kernels.walk_loop import LoopWalk, best_first, loop_usage, loop_walk
 
@@ -26,10 +35,16 @@ class Case:
     experts_per_token: int
     fill: bool
 
-    def walk(self) -> Walk:
-        return walk(
-            self.scores_TE,
-            self.masks_MEE,
+    def walk(self, **changes: Any) -> Walk:
+        return walk(**(self.arguments() | changes))
+
+    def visit(self, **changes: Any) -> Visits:
+        return visit(**(self.arguments() | changes))
+
+    def arguments(self) -> dict[str, Any]:
+        return dict(
+            scores_TE=self.scores_TE,
+            edge_mask_MEE=self.masks_MEE,
             experts_per_token=self.experts_per_token,
             mask_index_T=self.mask_index_T,
             shared_E=self.shared_E,
@@ -112,6 +127,49 @@ def test_agrees_with_the_definition(case: Case) -> None:
         assert set(reached.nonzero().flatten().tolist()) == expected.reached
         chosen = walked.chosen_TE[token]
         assert set(chosen.nonzero().flatten().tolist()) == expected.chosen
+
+
+@given(cases())
+def test_visits_without_their_order_are_those_of_the_walk(case: Case) -> None:
+    walked, visited = case.walk(), case.visit()
+    assert type(visited) is Visits
+    for name in ("reached_TE", "chosen_TE", "visited_TE"):
+        assert torch.equal(getattr(visited, name), getattr(walked, name)), name
+    for token, expected in enumerate(case.loop()):
+        found = visited.visited_TE[token].nonzero().flatten().tolist()
+        assert set(found) == expected.reached
+
+
+@given(cases(), st.sampled_from((None, "entries", "complete")), st.booleans())
+def test_visits_have_the_gradients_of_the_sweep(
+    case: Case, graph: str | None, learnt: bool
+) -> None:
+    """Also where every expert may be entered and the sweep is left out."""
+    eye = torch.eye(len(case.shared_E), dtype=torch.bool)
+    masks_MEE = case.masks_MEE
+    if graph is not None:
+        masks_MEE = masks_MEE | (eye if graph == "entries" else torch.ones_like(eye))
+    routed_TE = case.scores_TE.masked_fill(case.shared_E, -torch.inf)
+    wanted = case.experts_per_token - int(case.shared_E.sum())
+    weight_TE = randn(*case.scores_TE.shape, seed=1)
+    index_T = case.mask_index_T
+    results = []
+    for how in (walk, visit, None):
+        q_TE = choose_topk(routed_TE, wanted).float().requires_grad_()
+        edges = masks_MEE.triu().float().requires_grad_(learnt)
+        if how is None:
+            opened = edges.masked_fill(torch.diag(case.shared_E), 1.0)
+            picked = opened[:1] if index_T is None else opened[index_T]
+            reached_TE = reach(q_TE.masked_fill(case.shared_E, 1.0), picked)
+        else:
+            arguments = case.arguments() | {"edge_mask_MEE": edges, "chosen_TE": q_TE}
+            reached_TE = how(**arguments).reached_TE
+        wanted_grads = (q_TE, edges) if learnt else (q_TE,)
+        (reached_TE * weight_TE).sum().backward()
+        results.append([value.grad for value in wanted_grads])
+    for found in results[:2]:
+        for gradient, expected in zip(found, results[2], strict=True):
+            assert torch.equal(gradient, expected)
 
 
 @given(cases())
@@ -256,22 +314,25 @@ def test_scores_and_edges_get_the_gradient_of_finite_differences(shared: int) ->
 @pytest.mark.parametrize("k", [-1, 0, 6])
 def test_refuses_a_k_outside_the_graph(k: int) -> None:
     everything = torch.ones(1, 5, 5, dtype=torch.bool).triu()
-    with pytest.raises(ValueError, match=rf"experts_per_token is {k};.*1\.\.5"):
-        walk(torch.zeros(2, 5), everything, experts_per_token=k)
+    for how in (walk, visit):
+        with pytest.raises(ValueError, match=rf"experts_per_token is {k};.*1\.\.5"):
+            how(torch.zeros(2, 5), everything, experts_per_token=k)
 
 
 def test_refuses_a_k_below_the_shared_experts() -> None:
     everything = torch.ones(1, 5, 5, dtype=torch.bool).triu()
     shared_E = torch.tensor([True, True, True, False, False])
-    with pytest.raises(ValueError, match="is 2; with 3 shared experts of 5"):
-        walk(torch.zeros(2, 5), everything, experts_per_token=2, shared_E=shared_E)
+    for how in (walk, visit):
+        with pytest.raises(ValueError, match="is 2; with 3 shared experts of 5"):
+            how(torch.zeros(2, 5), everything, experts_per_token=2, shared_E=shared_E)
 
 
 def test_refuses_a_mask_without_entry() -> None:
     masks_MEE = torch.ones(2, 3, 3, dtype=torch.bool).triu()
     masks_MEE[1].fill_diagonal_(False)
-    with pytest.raises(ValueError, match="no entry.*at least one diagonal edge"):
-        walk(torch.zeros(2, 3), masks_MEE, experts_per_token=1)
+    for how in (walk, visit):
+        with pytest.raises(ValueError, match="no entry.*at least one diagonal edge"):
+            how(torch.zeros(2, 3), masks_MEE, experts_per_token=1)
 
 
 @pytest.mark.parametrize("k", [-1, 4])

@@ -12,7 +12,12 @@ from transformers import LlamaForCausalLM
 
 from samv2.models import perplexity
 from samv2.models.expert_model import ExpertModel
-from samv2.models.perplexity import Score, next_token_loss, score_windows
+from samv2.models.perplexity import (
+    Score,
+    next_token_loss,
+    score_hidden,
+    score_windows,
+)
 from tests.helpers import assert_close
 
 
@@ -64,6 +69,41 @@ def test_score_sums_over_batches_of_any_size(
         assert score.tokens == 4 * 39
         assert score.nll == pytest.approx(expected, rel=1e-5)
     assert score.perplexity == pytest.approx(math.exp(expected / (4 * 39)), rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [7, 256])
+def test_hidden_states_score_as_their_windows(
+    tiny_llama: LlamaForCausalLM,
+    tiny_batch: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+) -> None:
+    monkeypatch.setattr(perplexity, "ROWS_PER_CHUNK", rows)
+    with torch.no_grad():
+        hidden_NSD = tiny_llama.model(tiny_batch).last_hidden_state
+    head_VD = tiny_llama.lm_head.weight
+    found = score_hidden(hidden_NSD, head_VD, tiny_batch)
+    expected = score_windows(tiny_llama, tiny_batch)
+    assert found.tokens == expected.tokens == 4 * 39
+    assert found.nll == pytest.approx(expected.nll, rel=1e-6)
+    logits = (hidden_NSD[:, :-1] @ head_VD.T).flatten(0, 1)
+    direct = cross_entropy(logits, tiny_batch[:, 1:].flatten(), reduction="sum")
+    assert found.nll == pytest.approx(direct.item(), rel=1e-5)
+    parts = (
+        score_hidden(hidden_NSD[i : i + 1], head_VD, tiny_batch[i : i + 1])
+        for i in range(4)
+    )
+    assert sum((part.nll for part in parts)) == pytest.approx(found.nll, rel=1e-5)
+    half = score_hidden(hidden_NSD.bfloat16(), head_VD.bfloat16(), tiny_batch)
+    assert half.nll == pytest.approx(found.nll, rel=1e-2)
+
+
+@pytest.mark.parametrize("windows, length", [(0, 40), (3, 1)])
+def test_nothing_to_predict_scores_nothing(windows: int, length: int) -> None:
+    hidden_NSD = torch.zeros(windows, length, 8)
+    tokens_NS = torch.zeros(windows, length, dtype=torch.long)
+    found = score_hidden(hidden_NSD, torch.ones(5, 8), tokens_NS)
+    assert found == Score(nll=0.0, tokens=0) and found.perplexity == math.inf
 
 
 def test_scores_add_up() -> None:

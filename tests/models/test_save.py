@@ -51,6 +51,9 @@ def logits_of(model: torch.nn.Module, ids: Tensor, **kwargs: object) -> Tensor:
         ["experts.surrogate_rank=0"],
         ["experts.layers=0,2", "experts.chains=true", "experts.num_shared=0"],
         ["experts.combine=softmax"],
+        ["experts.other_k=2,6", "experts.allocate=true", "experts.repair_rank=3"],
+        ["experts.repair_rank=0"],
+        ["experts.repair=false"],
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,6 +90,58 @@ def test_saving_and_loading_keeps_every_bit(
     trainable = {n for n, p in loaded.named_parameters() if p.requires_grad}
     assert trainable == {n for n, p in model.named_parameters() if p.requires_grad}
     assert not loaded.training
+
+
+def test_repairs_and_visits_are_kept(
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_calibration: Tensor,
+    tiny_batch: Tensor,
+    tmp_path: Path,
+) -> None:
+    overrides = ["experts.other_k=2,6", "experts.allocate=true"]
+    model = convert(tiny_llama, tiny_calibration, overrides).model
+    save_expert_model(model, tiny_tokenizer, tmp_path / "model")
+    loaded, _ = load_expert_model(tmp_path / "model")
+    config = loaded.expert_config
+    assert config.repaired == (2, 4, 6) and len(config.visits) == 3
+    for position, (layer, made) in enumerate(
+        zip(loaded.expert_layers, model.expert_layers, strict=True)
+    ):
+        assert layer.repaired == (2, 4, 6)
+        assert layer.visits == made.visits == config.layer_visits(position)
+        for k in layer.repaired:
+            found, expected = layer.repair(k), made.repair(k)
+            assert found is not None and expected is not None
+            for name, value in vars(expected).items():
+                assert torch.equal(getattr(found, name), value), name
+    for k in (1, 2, 3, 4, 6, 8):
+        options = WalkOptions(experts_per_token=k)
+        expected = logits_of(model, tiny_batch, walk_options=options)
+        found = logits_of(loaded, tiny_batch, walk_options=options)
+        assert_close(f"K = {k}", found, expected, "fp32")
+        assert loaded.flops_fraction(k) == model.flops_fraction(k)
+
+
+def test_weights_may_be_spread_over_files(
+    tiny_expert_model: ExpertModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    folder = saved(tiny_expert_model, tiny_tokenizer, tmp_path / "model")
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(whole)
+    for part in range(3):
+        tensors = {name: whole[name].clone() for name in names[part::3]}
+        save_file(tensors, folder / f"part-{part}.safetensors")
+    expected = tiny_expert_model.state_dict()
+    found = load_expert_model(folder)[0].state_dict()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    (folder / "part-1.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="part-1.safetensors cannot be read"):
+        load_expert_model(folder)
 
 
 def saved(model: ExpertModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
@@ -183,15 +238,15 @@ MLP = "model.layers.1.mlp."
             lambda f: (f / "expert_config.json").write_text("{}"),
             "samv2 bootstrap MODEL",
         ),
-        (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
+        (lambda f: (f / "model.safetensors").unlink(), "weights lack"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer in .* cannot be read"),
         (cut, "cannot be read"),
         (edit_config(model_type="nonsense"), "describes no model"),
         (edit_config(layers=[0, 9]), r"converts layers \[9\] of a model of 3"),
         (edit_config(num_shared=7), "experts_per_token is 4; with 7 shared"),
-        (edit_config(hidden_size=128), "does not fit its config"),
-        (edit_config(vocab_size=100), "does not fit its config"),
-        (edit_config(assembler_width=7), "does not fit its config"),
+        (edit_config(hidden_size=128), "do not fit its config"),
+        (edit_config(vocab_size=100), "do not fit its config"),
+        (edit_config(assembler_width=7), "do not fit its config"),
         (edit_config(layers=[0, 1]), "layer_embedding.weight"),
         (edit_weights(lambda w: w.pop(MLP + "gate_EFD")), f"lack {MLP}gate_EFD"),
         (edit_weights(lambda w: w.pop(MLP + "mix_E")), "do not fit.*mix_E"),
@@ -199,8 +254,20 @@ MLP = "model.layers.1.mlp."
             edit_weights(lambda w: w.pop("model.embed_tokens.weight")),
             "lack model.embed",
         ),
-        (edit_weights(lambda w: w.pop("assembler.out.bias")), "does not fit"),
+        (edit_weights(lambda w: w.pop("assembler.out.bias")), "do not fit"),
         (edit_weights(lambda w: w.update(x=torch.ones(1))), r"unexpected \['x'\]"),
+        *(
+            (
+                edit_weights(lambda w, part=part: w.pop(f"{MLP}repair_4_{part}")),
+                f"lack {MLP}repair_4_{part}",
+            )
+            for part in ("down_EFD", "in_QD", "out_QD", "bias_D")
+        ),
+        (edit_config(repaired=[2, 4]), "lack model.layers.0.mlp.repair_2_down_EFD"),
+        (edit_config(repaired=[]), "unexpected .*repair_4"),
+        (edit_config(repaired=[8]), "a repair for K = 8|lack .*repair_8"),
+        (edit_config(visits=[[4, 4]]), r"visits for \[2\] layers.* needs \[3\]"),
+        (edit_config(visits=[[4, 9, 4]]), "experts_per_token is 9"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_name(

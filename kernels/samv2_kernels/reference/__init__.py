@@ -13,10 +13,12 @@ from samv2_kernels.reference.grouped_mlp import (
 )
 from samv2_kernels.reference.walk import (
     UsageCounts,
+    Visits,
     Walk,
     choose_topk,
     count_usage,
     reach,
+    visit,
     walk,
 )
 
@@ -26,6 +28,7 @@ __all__ = [
     "ExpertWeights",
     "Surrogates",
     "UsageCounts",
+    "Visits",
     "Walk",
     "choose_topk",
     "count_usage",
@@ -35,5 +38,6 @@ __all__ = [
     "masked_dense_experts",
     "reach",
     "surrogate_sum",
+    "visit",
     "walk",
 ]

@@ -24,15 +24,9 @@ NONE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walk:
-    """The visits of a batch of tokens, in pre-order (children by falling score)."""
+class Visits:
+    """The experts that a batch of tokens visits, without their order."""
 
-    expert_ids_TK: Tensor
-    """int64; the visited expert of each slot, -1 where the token visits fewer than K."""
-    parent_slot_TK: Tensor
-    """int64; the slot of the tree parent, -1 for an entry or an unused slot."""
-    depth_TK: Tensor
-    """int64; 0 for an entry, parent's depth + 1 below it, -1 for an unused slot."""
     reached_TE: Tensor
     """The sweep's r: 0/1 in value, in the scores' dtype, differentiable in q and A."""
     chosen_TE: Tensor
@@ -42,6 +36,18 @@ class Walk:
     def visited_TE(self) -> Tensor:
         """bool; the experts that are visited."""
         return self.reached_TE > 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk(Visits):
+    """The visits of a batch of tokens, in pre-order (children by falling score)."""
+
+    expert_ids_TK: Tensor
+    """int64; the visited expert of each slot, -1 where the token visits fewer than K."""
+    parent_slot_TK: Tensor
+    """int64; the slot of the tree parent, -1 for an entry or an unused slot."""
+    depth_TK: Tensor
+    """int64; 0 for an entry, parent's depth + 1 below it, -1 for an unused slot."""
 
 
 def choose_topk(scores_TE: Tensor, k: int) -> Tensor:
@@ -85,6 +91,32 @@ def reach(chosen_TE: Tensor, edge_mask_TEE: Tensor) -> Tensor:
     return torch.stack(reached, dim=1)
 
 
+def visit(
+    scores_TE: Tensor,
+    edge_mask_MEE: Tensor,
+    *,
+    experts_per_token: int,
+    mask_index_T: Tensor | None = None,
+    shared_E: Tensor | None = None,
+    chosen_TE: Tensor | None = None,
+    fill: bool = False,
+) -> Visits:
+    """Find out which experts every token visits, for callers that need no order.
+
+    Arguments, errors and visited sets are those of :func:`walk`, whose traversal costs
+    far more than this at large E.
+    """
+    return _visit(
+        scores_TE,
+        edge_mask_MEE,
+        experts_per_token=experts_per_token,
+        mask_index_T=mask_index_T,
+        shared_E=shared_E,
+        chosen_TE=chosen_TE,
+        fill=fill,
+    )[0]
+
+
 def walk(
     scores_TE: Tensor,
     edge_mask_MEE: Tensor,
@@ -117,6 +149,38 @@ def walk(
         ValueError: K is below 1, leaves no room for the shared experts or exceeds E;
             or a mask has no entry at all.
     """
+    visits, hard_TEE = _visit(
+        scores_TE,
+        edge_mask_MEE,
+        experts_per_token=experts_per_token,
+        mask_index_T=mask_index_T,
+        shared_E=shared_E,
+        chosen_TE=chosen_TE,
+        fill=fill,
+    )
+    ids, parents, depths = _preorder(
+        visits.visited_TE, scores_TE.detach(), hard_TEE, experts_per_token
+    )
+    return Walk(
+        expert_ids_TK=ids,
+        parent_slot_TK=parents,
+        depth_TK=depths,
+        reached_TE=visits.reached_TE,
+        chosen_TE=visits.chosen_TE,
+    )
+
+
+def _visit(
+    scores_TE: Tensor,
+    edge_mask_MEE: Tensor,
+    *,
+    experts_per_token: int,
+    mask_index_T: Tensor | None,
+    shared_E: Tensor | None,
+    chosen_TE: Tensor | None,
+    fill: bool,
+) -> tuple[Visits, Tensor]:
+    """The visits, and each token's (T or 1, E, E) bool edges."""
     num_tokens, num_experts = scores_TE.shape
     if shared_E is None:
         shared_E = torch.zeros(num_experts, dtype=torch.bool, device=scores_TE.device)
@@ -144,8 +208,9 @@ def walk(
         routed_TE = scores_TE.detach().masked_fill(shared_E, -torch.inf)
         chosen_TE = choose_topk(routed_TE, experts_per_token - num_shared)
     q_TE = chosen_TE.to(scores_TE.dtype).masked_fill(shared_E, 1.0)
-
-    reached_TE = reach(q_TE, edges_TEE)
+    # Where every expert may be entered, the sweep's product vanishes and r is q.
+    all_entries = not edges_MEE.requires_grad and bool(entries_ME.all())
+    reached_TE = q_TE if all_entries else reach(q_TE, edges_TEE)
 
     hard_TEE = edges_TEE.detach() > 0.5
     visited_TE = reached_TE.detach() > 0.5
@@ -156,16 +221,8 @@ def walk(
     )
     completed_TE = _complete(visited_TE, scores_TE.detach(), hard_TEE, wanted_T)
     added_TE = (completed_TE & ~visited_TE).to(scores_TE.dtype)
-    ids, parents, depths = _preorder(
-        completed_TE, scores_TE.detach(), hard_TEE, experts_per_token
-    )
-    return Walk(
-        expert_ids_TK=ids,
-        parent_slot_TK=parents,
-        depth_TK=depths,
-        reached_TE=reached_TE + added_TE,
-        chosen_TE=q_TE.detach() > 0.5,
-    )
+    visits = Visits(reached_TE=reached_TE + added_TE, chosen_TE=q_TE.detach() > 0.5)
+    return visits, hard_TEE
 
 
 def _complete(
