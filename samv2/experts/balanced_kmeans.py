@@ -36,7 +36,7 @@ SLICE_NUMBERS = 1 << 22
 ANNEAL_STEPS, PRICE_STEPS, HOT, COLD = 60, 2, 0.7, 0.05
 """Steps of the centres, of the prices in each, and first and last temperature over the
 Frobenius norm of the rows' covariance."""
-PACE_UP, PACE_DOWN, FASTEST = 1.3, 0.5, 30.0
+PACE_UP, PACE_DOWN, FASTEST = 1.3, 0.5, 5.0
 """How a price's step grows while its sign stays and shrinks when it turns (Riedmiller &
 Braun 1993), in multiples of Sinkhorn's step, which is slow across gaps between rows."""
 DESCENT_STEPS, LEAST_GAIN = 60, 3e-4

@@ -167,7 +167,7 @@ def fit_gate(
     mean_E = (weight_N1 * gain_NE).mean(dim=0)
     centred_ND = (x_ND.float() - moments.mean_D) * weight_N1
     cross_DE = moments.whiten_DD @ (centred_ND.T @ (gain_NE - mean_E))
-    weight_ED = (moments.whiten_DD.T @ cross_DE).T
+    weight_ED = (moments.whiten_DD.T @ cross_DE).T.contiguous()
     return Gate(weight_ED=weight_ED, bias_E=mean_E - weight_ED @ moments.mean_D)
 
 

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from samv2.common.errors import ModelError
 from samv2.common.settings import FEATURES
-from samv2.common.threads import one_thread
 from samv2.experts.balanced_kmeans import (
     balanced_kmeans,
     check_divisible,
     check_finite,
 )
+from samv2.experts.linear_algebra import leading_eigenvectors
 
 EMBEDDING_WIDTH = 64
 ACTIVE_FRACTION = 0.1
@@ -116,17 +116,6 @@ def coactivation_embedding(hidden_NM: Tensor, down_DM: Tensor) -> Tensor:
     width = min(EMBEDDING_WIDTH, num_rows)
     values, vectors = leading_eigenvectors(fires_NM.T @ fires_NM, width)
     return vectors * values.clamp(min=0).sqrt()
-
-
-def leading_eigenvectors(matrix_NN: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest eigenvalues of a symmetric matrix, rising, and vectors.
-
-    Returns:
-        (count,) and (N, count) float32.
-    """
-    with one_thread():
-        values, vectors = torch.linalg.eigh(matrix_NN.float())
-    return values[-count:], vectors[:, -count:]
 
 
 def balanced_clusters(

@@ -293,7 +293,7 @@ def with_visits(
                 rows=dense.intermediate_size,
             )
 
-        made = allocate(curves, cost_of, cost_of(k))
+        made = allocate(curves, cost_of, cost_of(k), around=k)
         rows.append(min(made, (k,) * len(curves), key=total_error))
     return replace(config, visits=tuple(rows))
 

@@ -298,5 +298,5 @@ def _curve(
         lost_NJ -= (weight_N1 * lost_NJ).mean(dim=0)
         linear_DJ = moments.whiten_DD @ (centred_ND.T @ lost_NJ)
         left = (weight_N1 * lost_NJ.square()).sum() - linear_DJ.square().sum()
-        errors.append(max(0.0, float(left) / len(x_ND) * moments.level))
+        errors.append(float((left / len(x_ND) * moments.level).clamp(min=0)))
     return Curve(visits=points, errors=tuple(errors))

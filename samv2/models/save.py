@@ -109,13 +109,17 @@ def expert_fingerprint(model: ExpertModel) -> str:
     """Identity of a bootstrapped model: its config and every trainable start.
 
     The gate rows among them depend on base weights, clustering and calibration, so two
-    conversions differ; K is left out. Call it before anything is trained.
+    conversions differ; so do the repairs' biases with the text. K is left out. Call it
+    before anything is trained.
     """
     config = replace(model.expert_config, experts_per_token=0)
     digest = hashlib.sha256(json.dumps(config.to_json()).encode())
     for expert_id, block in sorted(model.read_blocks().items()):
         digest.update(expert_id.to_bytes(4, "little"))
         digest.update(block.numpy().tobytes())
+    for layer in model.expert_layers:
+        for k in layer.repaired:
+            digest.update(layer.repair(k).bias_D.float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -324,7 +324,7 @@ class _Work:
         with replace_folder(self.target) as made:
             files = sorted(self.folder.glob("layer-*.safetensors"))
             for file in (*files, self.folder / OTHER):
-                os.link(file, made / file.name)
+                _link(file, made / file.name)
             write_config(made, source.config, config)
             tokenizer.save_pretrained(made)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -339,7 +339,9 @@ class _Work:
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         try:
-            return load_file(self.folder / name)
+            mapped = load_file(self.folder / name)
+            # Matrix products may round otherwise where memory is aligned otherwise.
+            return {key: tensor.clone() for key, tensor in mapped.items()}
         except (OSError, SafetensorError) as error:
             raise self._damaged(name, error) from None
 
@@ -348,6 +350,14 @@ class _Work:
             f"{self.folder / name} is damaged ({error}); remove {self.folder} to begin "
             "the bootstrap again"
         )
+
+
+def _link(file: Path, place: Path) -> None:
+    """One file in two places, without a second copy where the file system can."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copy2(file, place)
 
 
 def _report(row: dict[str, Any]) -> LayerReport:
