@@ -6,7 +6,7 @@ Minimises J = sum_i ||x_i - c_(label of i)||^2 in two stages:
   side, with soft memberships w_ie ~ exp((price_e - ||x_i - c_e||^2) / T). Prices keep the
   clusters' masses equal while T falls. Wide rows are first projected on their leading
   directions (Halko, Martinsson & Tropp 2011).
-- *Descent* of the best start by exact balanced assignments. If row i of cluster a and
+- *Descent* of the best starts by exact balanced assignments. If row i of cluster a and
   row j of b change places, J falls by 2 (c_a - c_b).(x_j - x_i) + 2 / S ||x_j - x_i||^2.
   Distances to the means know the first term only, and Lloyd's steps get stuck where a
   row's own share of its mean outweighs how the means differ. A charge for staying of
@@ -39,8 +39,10 @@ Frobenius norm of the rows' covariance."""
 PACE_UP, PACE_DOWN, FASTEST = 1.3, 0.5, 5.0
 """How a price's step grows while its sign stays and shrinks when it turns (Riedmiller &
 Braun 1993), in multiples of Sinkhorn's step, which is slow across gaps between rows."""
-DESCENT_STEPS, LEAST_GAIN = 60, 3e-4
+DESCENT_STEPS, LEAST_GAIN = 60, 5e-4
 """At most, and the share of J that a step must gain to be followed by one like it."""
+MANY_CLUSTERS = 32
+"""Above this only one start descends."""
 STAY_CHARGES = (1.0, 0.5, 0.0)
 """Shares of the charge for staying, used one after the other; 0 is Lloyd's step."""
 
@@ -81,7 +83,8 @@ def balanced_kmeans(
             computed with in float32, slice by slice.
         num_clusters: E, must divide M.
         seed: seed of the sketch and the starts; the global generator is not read.
-        starts: how many starts are annealed, at least 1; the best is refined.
+        starts: how many starts are annealed, at least 1; those in reach of the best
+            descend.
 
     Returns:
         (M,) int64 labels on the features' device; each of 0..E-1 occurs M / E times. On
@@ -219,16 +222,20 @@ def settle(points_MR: Tensor, cost_AEM: Tensor, prices_AE: Tensor) -> Tensor:
     """(M,) labels of least J to which the annealed starts descend.
 
     A start's dual value bounds the cost of every balanced assignment to its centres. A
-    start that is behind the first by more than descent gained there is left out.
+    start that is behind the first by more than descent gained there is left out; with
+    many clusters, where descent takes the longest and gains the least, all others are.
     """
     num_clusters, num_rows = cost_AEM.shape[1:]
     size, rows = num_rows // num_clusters, Rows.of(points_MR)
     least_AM = (cost_AEM - prices_AE.unsqueeze(2)).amin(dim=1)
     bounds = (least_AM.sum(dim=1) + size * prices_AE.sum(dim=1)).tolist()
     order = sorted(range(len(bounds)), key=bounds.__getitem__)
+    if num_clusters > MANY_CLUSTERS:
+        order = order[:1]
+    ahead = bounds[order[0]]
     found: list[tuple[float, Tensor]] = []
     for start in order:
-        if found and bounds[start] - bounds[order[0]] > bounds[order[0]] - found[0][0]:
+        if found and bounds[start] - ahead > ahead - found[0][0]:
             break
         labels_M, _ = balanced_assignment(cost_AEM[start], prices_AE[start])
         labels_M = descend(rows, labels_M, num_clusters)

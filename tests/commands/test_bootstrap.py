@@ -319,3 +319,25 @@ def test_the_script_passes_settings_and_options_on(tmp_path: Path) -> None:
     bare = call("model", "out")
     assert bare.stdout.splitlines() == ["bootstrap", "model", "--output", "out"]
     assert call("model").returncode == 2 and "MODEL OUTPUT" in call().stdout
+
+
+def test_the_gradient_stage_says_what_it_did(
+    bootstrap: Callable[..., str], tmp_path: Path
+) -> None:
+    text = in_one_line(bootstrap("--set=distill.steps=2"))
+    assert "KL to the dense model on text kept from training" in text
+    assert "before" in text and "after" in text
+    assert kept(tmp_path / "out") == 4 and len(frontier_of(tmp_path / "out")) == 2
+
+
+def test_a_gradient_stage_that_does_not_help_is_undone_aloud(
+    bootstrap: Callable[..., str], tmp_path: Path
+) -> None:
+    bootstrap()
+    plain = frontier_of(tmp_path / "out")
+    wild = ("--set=distill.steps=4", "--set=distill.learning_rate=3.0")
+    text = in_one_line(bootstrap("--overwrite", *wild))
+    assert "did not help and was undone; lower distill.learning_rate" in text
+    for first, second in zip(plain, frontier_of(tmp_path / "out"), strict=True):
+        for name, value in first["perplexity"].items():
+            assert second["perplexity"][name] == pytest.approx(value, rel=1e-5)
