@@ -77,7 +77,7 @@ class DistillSettings:
     """Optimiser steps on the calibration text; 0 leaves the stage out."""
     batch_size: int = 4
     """Windows a step."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     """AdamW's for the repairs; gates learn ten times faster."""
 
 

@@ -223,7 +223,7 @@ def settle(points_MR: Tensor, cost_AEM: Tensor, prices_AE: Tensor) -> Tensor:
 
     A start's dual value bounds the cost of every balanced assignment to its centres. A
     start that is behind the first by more than descent gained there is left out; with
-    many clusters, where descent takes the longest and gains the least, all others are.
+    many clusters, where descent takes longest, all others are.
     """
     num_clusters, num_rows = cost_AEM.shape[1:]
     size, rows = num_rows // num_clusters, Rows.of(points_MR)
