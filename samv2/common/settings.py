@@ -78,7 +78,7 @@ class DistillSettings:
     batch_size: int = 4
     """Windows a step."""
     learning_rate: float = 3e-4
-    """AdamW's for the repairs; gates learn ten times faster."""
+    """AdamW's for the repairs; gates learn faster, by their size."""
 
 
 @dataclass(frozen=True, kw_only=True)

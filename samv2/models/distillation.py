@@ -30,8 +30,9 @@ from samv2.experts.repair import Repair, repair_name
 from samv2.models.expert_model import ExpertModel
 from samv2.models.perplexity import ROWS_PER_CHUNK
 
-GATE_SHARE = 10.0
-"""Gates learn so much faster than repairs: their scale is that of norms, not of weights."""
+GATE_SHARE = 4.0
+"""Relative to their size, gates learn so much faster than repairs. Their size depends on
+what they were fitted to: logarithms of norms have far smaller gates than norms."""
 JUDGED_SEQUENCES = 8
 WARM_UP, LAST_RATE = 0.05, 0.05
 CLIP_NORM = 1.0
@@ -150,7 +151,7 @@ def _train(
         optimizer = torch.optim.AdamW(
             [
                 {"params": groups["repairs"], "share": 1.0},
-                {"params": groups["gates"], "share": GATE_SHARE},
+                {"params": groups["gates"], "share": GATE_SHARE * _ratio(groups)},
             ],
             betas=(0.9, 0.98),
             weight_decay=0.0,
@@ -205,6 +206,18 @@ class _HeadDivergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * upstream.to(gradient_ND.dtype), None, None, None
+
+
+def _ratio(groups: dict[str, list[nn.Parameter]]) -> float:
+    """Root mean square of the gates' weights over that of the down projections."""
+
+    def size(parameters: list[nn.Parameter], dimensions: int) -> float:
+        chosen = [p.detach() for p in parameters if p.dim() == dimensions]
+        total = sum(float(p.double().square().sum()) for p in chosen)
+        return math.sqrt(total / max(1, sum(p.numel() for p in chosen)))
+
+    # (E, D) gate weights beside (E,) biases; (E, F, D) down projections.
+    return size(groups["gates"], 2) / max(size(groups["repairs"], 3), 1e-12)
 
 
 def _schedule(step: int, steps: int) -> float:
