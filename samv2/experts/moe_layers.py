@@ -264,7 +264,7 @@ class ExpertGraphMLP(nn.Module):
         batch, length, model_width = x_BSD.shape
         state = self._advance(x_BSD, prefix)
         x_TD = x_BSD.reshape(-1, model_width)
-        scores_TE = x_TD.float() @ self.gate_weight_ED.T + self.gate_bias_E
+        scores_TE = self._scores(x_TD)
         k = options.experts_per_token
         if k is None:
             k = self.experts_per_token
@@ -280,9 +280,13 @@ class ExpertGraphMLP(nn.Module):
         """How many visits this layer makes when the model is asked for ``k``."""
         return self.visits.get(k, k)
 
+    def _scores(self, x_TD: Tensor) -> Tensor:
+        """g = G x + c, (T, E) float32."""
+        return x_TD.float() @ self.gate_weight_ED.T + self.gate_bias_E
+
     def visited(self, x_TD: Tensor, k: int) -> Tensor:
         """(T, E) bool: what (T, D) inputs visit on the server graph at K = ``k``."""
-        scores_TE = x_TD.float() @ self.gate_weight_ED.T + self.gate_bias_E
+        scores_TE = self._scores(x_TD)
         reached_TE = visit(
             scores_TE[:, self.order_E].detach(),
             self.edge_mask_EE.unsqueeze(0),
