@@ -18,7 +18,7 @@ expert, R adapter rank, K visits a token, M masks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from samv2.common.errors import ModelError
 from samv2.common.settings import COMBINES
 from samv2.experts.calibration import Gate
-from samv2.experts.repair import Repair, repair_name
+from samv2.experts.frozen_blocks import FrozenBlocks
+from samv2.experts.repair import Repair
 from samv2_kernels import (
     ExpertAdapters,
     ExpertWeights,
@@ -89,7 +90,7 @@ class FrozenFactors:
     scale: float
 
 
-class ExpertGraphMLP(nn.Module):
+class ExpertGraphMLP(FrozenBlocks):
     """A SwiGLU FFN as a graph of experts.
 
     Args:
@@ -129,8 +130,8 @@ class ExpertGraphMLP(nn.Module):
         prefix_tokens: int = 32,
         visits: Mapping[int, int] | None = None,
     ) -> None:
-        super().__init__()
-        num_experts, width, _ = weights.gate_EFD.shape
+        super().__init__(weights, surrogates)
+        num_experts, width, _ = self.shape
         rank = factors.gate_RD.shape[0]
         if combine not in COMBINES:
             raise ModelError(f"experts.combine is {combine!r}; use one of {COMBINES}")
@@ -143,17 +144,9 @@ class ExpertGraphMLP(nn.Module):
         self.assembler = assembler
         self.scale = factors.scale
 
-        self.register_buffer("gate_EFD", weights.gate_EFD)
-        self.register_buffer("up_EFD", weights.up_EFD)
-        self.register_buffer("down_EFD", weights.down_EFD)
-        for name in ("shared_QD", "out_EQD", "bias_ED"):
-            value = getattr(surrogates, name) if surrogates is not None else None
-            self.register_buffer(f"surrogate_{name}", value)
         self.visits = dict(visits or {})
         for visited in self.visits.values():
             check_visits(visited, num_shared, num_experts)
-        self.repaired: tuple[int, ...] = ()
-        """Values of K that have a repair, rising."""
         self.register_buffer("factor_gate_RD", factors.gate_RD)
         self.register_buffer("factor_up_RD", factors.up_RD)
         self.register_buffer("factor_down_DR", factors.down_DR)
@@ -170,18 +163,6 @@ class ExpertGraphMLP(nn.Module):
         self.adapter_gate_EFR = nn.Parameter(torch.zeros(num_experts, width, rank))
         self.adapter_up_EFR = nn.Parameter(torch.zeros(num_experts, width, rank))
         self.adapter_down_ERF = nn.Parameter(torch.zeros(num_experts, rank, width))
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.gate_EFD.shape[0]
-
-    @property
-    def weights(self) -> ExpertWeights:
-        """The frozen base blocks."""
-        return ExpertWeights(
-            gate_EFD=self.gate_EFD, up_EFD=self.up_EFD, down_EFD=self.down_EFD
-        )
 
     @property
     def adapters(self) -> ExpertAdapters:
@@ -204,45 +185,17 @@ class ExpertGraphMLP(nn.Module):
             return self.adapters
         return None
 
-    @property
-    def surrogates(self) -> Surrogates | None:
-        """The stand-ins of experts that are not visited."""
-        if self.surrogate_shared_QD is None:
-            return None
-        return Surrogates(
-            shared_QD=self.surrogate_shared_QD,
-            out_EQD=self.surrogate_out_EQD,
-            bias_ED=self.surrogate_bias_ED,
-        )
-
     def add_repair(self, k: int, repair: Repair) -> None:
-        """Store what to compute with when a token makes ``k`` visits.
+        """See :meth:`FrozenBlocks.add_repair`.
 
         Raises:
             ModelError: K = E, which needs no repair, or the combine is not ``unit``.
         """
-        if not 0 < k < self.num_experts:
-            raise ModelError(
-                f"a repair for K = {k} of {self.num_experts} experts was given; only a K "
-                f"in 1..{self.num_experts - 1} loses anything to repair"
-            )
         if self.combine != "unit":
             raise ModelError(
                 f"experts.combine is {self.combine!r}; repairs are fitted to 'unit'"
             )
-        for part in fields(Repair):
-            self.register_buffer(repair_name(k, part.name), getattr(repair, part.name))
-        self.repaired = tuple(sorted({*self.repaired, k}))
-
-    def repair(self, k: int) -> Repair | None:
-        """The repair that was fitted for ``k`` visits, if there is one."""
-        if k not in self.repaired:
-            return None
-        parts = {
-            part.name: getattr(self, repair_name(k, part.name))
-            for part in fields(Repair)
-        }
-        return Repair(**parts)
+        super().add_repair(k, repair)
 
     def forward(
         self,
@@ -383,39 +336,30 @@ class ExpertGraphMLP(nn.Module):
     def _experts(
         self, x_TD: Tensor, walked: Visits, combine_TE: Tensor, k: int
     ) -> Tensor:
-        repair = self.repair(k)
-        weights, surrogates = self.weights, self.surrogates
-        if repair is not None:
-            down_EFD = repair.down_EFD.to(weights.down_EFD.dtype)
-            weights = replace(weights, down_EFD=down_EFD)
-        if repair is not None or self.combine != "unit":
-            surrogates = None
-        if isinstance(walked, Walk) and self._groups(self.visits_at(k)):
-            y_TD = grouped_experts(
-                x_TD,
-                walked,
-                combine_TE,
-                weights,
-                adapters=self.applied_adapters,
-                surrogates=surrogates,
-                edge_strength_EE=self.edge_strength_EE if self.chains else None,
-            )
-        else:
-            y_TD = masked_dense_experts(
-                x_TD,
-                walked.reached_TE,
-                combine_TE,
-                weights,
-                adapters=self.applied_adapters,
-                surrogates=surrogates,
-            )
-        return y_TD if repair is None else y_TD + stand_in(x_TD, repair)
-
-
-def stand_in(x_TD: Tensor, repair: Repair) -> Tensor:
-    """What a repair adds for all experts that are not visited, (T, D) in x's dtype."""
-    low_TQ = x_TD @ repair.in_QD.to(x_TD.dtype).T
-    return low_TQ @ repair.out_QD.to(x_TD.dtype) + repair.bias_D.to(x_TD.dtype)
+        repaired = k in self.repaired
+        stand_ins = not repaired and self.combine == "unit"
+        surrogates = self.surrogates if stand_ins else None
+        with self.unpacked(k, x_TD.dtype) as weights:
+            if isinstance(walked, Walk) and self._groups(self.visits_at(k)):
+                y_TD = grouped_experts(
+                    x_TD,
+                    walked,
+                    combine_TE,
+                    weights,
+                    adapters=self.applied_adapters,
+                    surrogates=surrogates,
+                    edge_strength_EE=self.edge_strength_EE if self.chains else None,
+                )
+            else:
+                y_TD = masked_dense_experts(
+                    x_TD,
+                    walked.reached_TE,
+                    combine_TE,
+                    weights,
+                    adapters=self.applied_adapters,
+                    surrogates=surrogates,
+                )
+        return y_TD + self.stand_in(x_TD, k) if repaired else y_TD
 
 
 def check_visits(experts_per_token: int, num_shared: int, num_experts: int) -> None:
