@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from samv2.common.config import load_settings
 from samv2.common.settings import Settings
 from samv2.models.bootstrap import Bootstrapped, bootstrap
+from samv2.models.expert_model import ExpertModel
 
 TOLERANCES = {
     # The same sum in another order, in float64: a few units in the last place.
@@ -157,3 +158,17 @@ def convert(
 ) -> Bootstrapped:
     """Bootstrap with :func:`tiny_settings`."""
     return bootstrap(llama, calibration_BS, tiny_settings(*overrides))
+
+
+def stir(model: ExpertModel) -> ExpertModel:
+    """Non-zero adapters and assembler; u and the edges' strengths stay 0."""
+    for seed, (name, parameter) in enumerate(model.named_parameters()):
+        if parameter.requires_grad and "mix_E" not in name and "strength" not in name:
+            parameter.data += 0.1 * randn(*parameter.shape, seed=seed)
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, ids: Tensor, **kwargs: object) -> Tensor:
+    """Of (B, S) token ids, without gradients."""
+    return model(ids, **kwargs).logits

@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     from samv2.common.files import replace_folder
     from samv2.common.telemetry import make_console
     from samv2.federated.run_folder import check_output, load_model_or_run
+    from samv2.models.export import export_dense
     from samv2.models.llama_loader import DTYPES
-    from samv2.models.save import export_dense
 
     output: Path = arguments.output
     check_output(output, overwrite=arguments.overwrite, expert=False)

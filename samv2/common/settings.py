@@ -19,6 +19,7 @@ SPLITS = ("domain", "shards", "dirichlet")
 CODECS = ("raw", "bf16", "f16", "int8", "int4")
 NORMALISE = ("contributors", "all")
 DTYPES = ("float32", "bfloat16")
+QUANTISATIONS = ("none", "nf4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,8 @@ class ExpertSettings:
     """Predecessors that each expert gets from co-activation at the start."""
     chains: bool = False
     """Let edges carry data (trainable strengths, one pass a depth)."""
+    quantise: str = "none"
+    """``nf4`` keeps expert blocks in 4 bits, packed after the repair; ``none``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +260,7 @@ def _model_faults(settings: Settings) -> Iterator[str]:
     yield from _unknown("experts.feature", experts.feature, FEATURES)
     yield from _unknown("experts.gate", experts.gate, GATES)
     yield from _unknown("experts.combine", experts.combine, COMBINES)
+    yield from _unknown("experts.quantise", experts.quantise, QUANTISATIONS)
     yield from _below("experts.cluster_starts", experts.cluster_starts, 1)
     yield from _below("experts.surrogate_rank", experts.surrogate_rank, 0)
     yield from _below("experts.calibration_tokens", experts.calibration_tokens, 256)

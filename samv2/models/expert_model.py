@@ -18,6 +18,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from samv2.common.errors import ModelError
+from samv2.common.settings import QUANTISATIONS
 from samv2.experts.graph import ExpertGraph
 from samv2.experts.moe_layers import (
     ExpertGraphMLP,
@@ -54,6 +55,8 @@ class ExpertModelConfig:
     """Rank of the repairs' linear stand-ins."""
     visits: tuple[tuple[int, ...], ...] = ()
     """For each repaired K, the visits of every converted layer; empty: K everywhere."""
+    quantise: str = "none"
+    """``nf4`` where expert blocks are packed in 4 bits, else ``none``."""
     adapter_rank: int = 8
     """R."""
     adapter_scale: float = 2.0
@@ -106,7 +109,7 @@ class ExpertModelConfig:
         """Read :meth:`to_json`'s object.
 
         Raises:
-            ModelError: unknown or missing keys, by name.
+            ModelError: unknown or missing keys, by name, or values that do not fit.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
@@ -122,6 +125,11 @@ class ExpertModelConfig:
             raise ModelError(
                 f"the expert model's config is incomplete: {error}"
             ) from None
+        if config.quantise not in QUANTISATIONS:
+            raise ModelError(
+                f"the expert model's config has quantise {config.quantise!r}, this "
+                f"version of samv2 knows {', '.join(QUANTISATIONS)}; bootstrap it again"
+            )
         found = [len(row) for row in config.visits]
         expected = [len(config.layers)] * len(config.repaired)
         if found and found != expected:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from transformers.initialization import no_init_weights
 from samv2.common.errors import ModelError
 from samv2.common.files import replace_folder
 from samv2.experts.calibration import Gate
+from samv2.experts.frozen_blocks import DOWN, GATE, UP
 from samv2.experts.moe_layers import ExpertGraphMLP
+from samv2.experts.nf4 import Nf4Experts, packed_name
 from samv2.experts.repair import Repair, repair_name
 from samv2.models.assembler import Assembler
 from samv2.models.bootstrap import make_assembler
@@ -84,7 +87,7 @@ def conversion_settings(folder: Path) -> dict[str, str | int | float | bool]:
     Raises:
         ModelError: the folder's config is damaged.
     """
-    config, _ = _read_config(Path(folder))
+    config, _ = read_expert_config(Path(folder))
     return {
         "experts.num_experts": config.num_experts,
         "experts.experts_per_token": config.experts_per_token,
@@ -98,6 +101,7 @@ def conversion_settings(folder: Path) -> dict[str, str | int | float | bool]:
             str(k) for k in config.repaired if k != config.experts_per_token
         ),
         "experts.allocate": bool(config.visits),
+        "experts.quantise": config.quantise,
         "adapter.rank": config.adapter_rank,
         "adapter.scale": config.adapter_scale,
         "assembler.width": config.assembler_width,
@@ -109,8 +113,8 @@ def expert_fingerprint(model: ExpertModel) -> str:
     """Identity of a bootstrapped model: its config and every trainable start.
 
     The gate rows among them depend on base weights, clustering and calibration, so two
-    conversions differ; so do the repairs' biases with the text. K is left out. Call it
-    before anything is trained.
+    conversions differ; so do the repairs' biases with the text. NF4 blocks are read in
+    full. K is left out. Call it before anything is trained.
     """
     config = replace(model.expert_config, experts_per_token=0)
     digest = hashlib.sha256(json.dumps(config.to_json()).encode())
@@ -119,7 +123,12 @@ def expert_fingerprint(model: ExpertModel) -> str:
         digest.update(block.numpy().tobytes())
     for layer in model.expert_layers:
         for k in layer.repaired:
-            digest.update(layer.repair(k).bias_D.float().numpy().tobytes())
+            bias_D = getattr(layer, repair_name(k, "bias_D"))
+            digest.update(bias_D.float().numpy().tobytes())
+        for name in layer.packed:
+            packed = layer.packed_block(name)
+            digest.update(packed.codes_EH.numpy())
+            digest.update(packed.absmax_EN.numpy())
     return digest.hexdigest()[:16]
 
 
@@ -137,7 +146,7 @@ def load_expert_model(folder: Path) -> tuple[ExpertModel, PreTrainedTokenizerBas
             f"{folder} holds no expert graph (no {CONFIG_FILE}); "
             "make one with `samv2 bootstrap MODEL --output DIR`"
         )
-    config, hf_config = _read_config(folder)
+    config, hf_config = read_expert_config(folder)
     weights: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -148,7 +157,7 @@ def load_expert_model(folder: Path) -> tuple[ExpertModel, PreTrainedTokenizerBas
             ) from None
     try:
         model = _build(weights, config, hf_config)
-    except RuntimeError as error:
+    except (ModelError, RuntimeError) as error:
         raise ModelError(
             f"the weights in {folder} do not fit its config: {error}; bootstrap the "
             "model again"
@@ -160,7 +169,12 @@ def load_expert_model(folder: Path) -> tuple[ExpertModel, PreTrainedTokenizerBas
     return model, tokenizer
 
 
-def _read_config(folder: Path) -> tuple[ExpertModelConfig, PretrainedConfig]:
+def read_expert_config(folder: Path) -> tuple[ExpertModelConfig, PretrainedConfig]:
+    """``expert_config.json``: what was converted and how, and the dense model's config.
+
+    Raises:
+        ModelError: it is damaged.
+    """
     values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config = ExpertModelConfig.from_json(values.pop(CONFIG_KEY))
     try:
@@ -190,7 +204,7 @@ def _build(
     decoder = llama.model.layers
     for position, index in enumerate(config.layers):
         prefix = f"model.layers.{index}.mlp."
-        mlp = _layer_from(weights, prefix, position, config)
+        mlp = layer_from(weights, prefix, position, config)
         mlp.assembler = assembler
         decoder[index] = ExpertDecoderLayer(decoder[index], mlp)
     plain = {k: v for k, v in weights.items() if not k.startswith("assembler.")}
@@ -206,13 +220,11 @@ def _build(
     return model.eval()
 
 
-def _stored(weights: dict[str, Tensor], name: str) -> Tensor:
+def _stored(weights: Mapping[str, Tensor], name: str) -> Tensor:
     try:
         return weights[name]
     except KeyError:
-        raise ModelError(
-            f"the expert model's weights lack {name}; bootstrap it again"
-        ) from None
+        raise ModelError(f"the weights lack {name}") from None
 
 
 def _weights(model: ExpertModel) -> dict[str, Tensor]:
@@ -237,15 +249,36 @@ def assembler_tensors(assembler: Assembler | None) -> dict[str, Tensor]:
     return {} if assembler is None else stored_tensors(assembler, "assembler.")
 
 
-def _layer_from(
-    weights: dict[str, Tensor], prefix: str, position: int, config: ExpertModelConfig
+def layer_from(
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    position: int,
+    config: ExpertModelConfig,
 ) -> ExpertGraphMLP:
+    """A converted layer around its stored tensors, without an assembler.
+
+    Args:
+        weights: at least the layer's tensors, by the names they have on disk.
+        prefix: of their names, up to and with ``mlp.``.
+        position: among the converted layers.
+        config: of the model.
+
+    Raises:
+        ModelError: a tensor is missing, or NF4 blocks are damaged.
+    """
+
     def part(name: str) -> Tensor:
         return _stored(weights, prefix + name)
 
-    base = ExpertWeights(
-        gate_EFD=part("gate_EFD"), up_EFD=part("up_EFD"), down_EFD=part("down_EFD")
-    )
+    gate = Gate(weight_ED=part("gate_weight_ED"), bias_E=part("gate_bias_E"))
+    experts, width, _ = part("adapter_gate_EFR").shape
+    shape = (experts, width, gate.weight_ED.shape[1])
+
+    def block(name: str) -> Tensor:
+        if config.quantise == "none":
+            return part(name)
+        return torch.empty(shape, device="meta")  # until it is packed, below
+
     surrogates = None
     if config.surrogate_rank:
         surrogates = Surrogates(
@@ -255,10 +288,12 @@ def _layer_from(
         )
     layer = ExpertGraphMLP(
         layer=position,
-        weights=base,
-        gate=Gate(weight_ED=part("gate_weight_ED"), bias_E=part("gate_bias_E")),
+        weights=ExpertWeights(
+            gate_EFD=block(GATE), up_EFD=block(UP), down_EFD=block(DOWN)
+        ),
+        gate=gate,
         surrogates=surrogates,
-        factors=layer_factors(position, base.gate_EFD.shape[2], config),
+        factors=layer_factors(position, shape[2], config),
         edge_mask_EE=part("edge_mask_EE"),
         order_E=part("order_E"),
         num_shared=config.num_shared,
@@ -269,11 +304,26 @@ def _layer_from(
         visits=config.layer_visits(position),
     )
     for k in config.repaired:
-        parts = {
-            field.name: part(repair_name(k, field.name)) for field in fields(Repair)
-        }
-        layer.add_repair(k, Repair(**parts))
+        names = {field.name: repair_name(k, field.name) for field in fields(Repair)}
+        down_EFD = block(names.pop(DOWN))
+        own = {name: part(stored) for name, stored in names.items()}
+        layer.add_repair(k, Repair(down_EFD=down_EFD, **own))
+    if config.quantise != "none":
+        _pack(layer, weights, prefix)
     return layer
+
+
+def _pack(layer: ExpertGraphMLP, weights: Mapping[str, Tensor], prefix: str) -> None:
+    """Put the stored NF4 blocks in."""
+    for name in layer.block_names:
+        parts = {
+            part: _stored(weights, prefix + packed_name(name, part))
+            for part in ("codes_EH", "absmax_EN")
+        }
+        try:
+            layer.pack(name, Nf4Experts(shape=layer.shape, **parts))
+        except ModelError as error:
+            raise ModelError(f"{prefix}{error}") from None
 
 
 def _check_keys(missing: list[str], unexpected: list[str], *, tied: bool) -> None:
@@ -285,74 +335,4 @@ def _check_keys(missing: list[str], unexpected: list[str], *, tied: bool) -> Non
         and not (tied and name == "lm_head.weight")
     ]
     if lacking or unexpected:
-        raise ModelError(
-            f"the expert model's weights do not fit its config: missing {lacking[:3]}, "
-            f"unexpected {unexpected[:3]}; bootstrap it again"
-        )
-
-
-@torch.no_grad()
-def export_dense(
-    model: ExpertModel, *, dtype: torch.dtype = torch.float32
-) -> torch.nn.Module:
-    """A plain Hugging Face model with adapters merged and experts re-joined.
-
-    Its logits are those of the expert model at K = E walking the full graph, i.e. with
-    every expert visited, where both compute in float32.
-
-    Args:
-        model: base weights in any dtype.
-        dtype: of the result; float32 keeps all of what was trained, bfloat16 rounds the
-            merged weights and halves the size.
-
-    Raises:
-        ModelError: the combine weights or chains make the K = E model no plain FFN.
-    """
-    with no_init_weights():
-        dense = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
-    target = dense.state_dict()
-    source = model.llama.state_dict()
-    for name in target:
-        if ".mlp." not in name:
-            target[name].copy_(source[name])
-    for position, index in enumerate(model.expert_config.layers):
-        merged = _merge_layer(model.expert_layers[position])
-        for name, tensor in merged.items():
-            target[f"model.layers.{index}.mlp.{name}.weight"].copy_(tensor)
-    for index in range(model.config.num_hidden_layers):
-        if index not in model.expert_config.layers:
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                key = f"model.layers.{index}.mlp.{name}.weight"
-                target[key].copy_(source[key])
-    dense.tie_weights()
-    return dense.eval()
-
-
-def _merge_layer(layer: ExpertGraphMLP) -> dict[str, Tensor]:
-    """gate_proj, up_proj, down_proj of one layer, in float32."""
-    if layer.combine != "unit":
-        raise ModelError(
-            f"experts.combine is {layer.combine!r}: its K = E model is not a plain FFN "
-            "and cannot be exported; only 'unit' can"
-        )
-    if layer.chains and bool(layer.edge_strength_EE.any()):
-        raise ModelError(
-            "edges carry data (non-zero strengths), so the model is not a plain FFN and "
-            "cannot be exported; train with experts.chains = false"
-        )
-    if bool(layer.mix_E.any()):
-        raise ModelError(
-            "combine weights depend on the token (u is not 0), so the model is not a "
-            "plain FFN and cannot be exported; train with train.train_mix = false"
-        )
-    a = layer.adapters
-    down_EFD = layer.down_EFD.float() + a.scale * torch.einsum(
-        "erf,dr->efd", a.down_ERF, a.shared_down_DR
-    )
-    gate_EFD = layer.gate_EFD.float() + a.scale * a.gate_EFR @ a.shared_gate_RD
-    up_EFD = layer.up_EFD.float() + a.scale * a.up_EFR @ a.shared_up_RD
-    return {
-        "gate_proj": gate_EFD.flatten(0, 1),
-        "up_proj": up_EFD.flatten(0, 1),
-        "down_proj": down_EFD.flatten(0, 1).T,
-    }
+        raise ModelError(f"missing {lacking[:3]}, unexpected {unexpected[:3]}")

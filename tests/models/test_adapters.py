@@ -14,7 +14,7 @@ from samv2.models.adapters import (
     write_blocks,
 )
 from samv2.models.expert_model import ExpertModel
-from samv2.models.save import export_dense
+from samv2.models.export import export_dense
 from tests.helpers import assert_close, randn
 
 

@@ -16,7 +16,8 @@ from transformers import (
 
 from samv2.experts.moe_layers import WalkOptions
 from samv2.models.expert_model import ExpertModel
-from samv2.models.save import export_dense, save_expert_model
+from samv2.models.export import export_dense
+from samv2.models.save import save_expert_model
 from tests.helpers import VOCAB, assert_close, convert, generator
 
 SIZES = dict(
