@@ -235,7 +235,7 @@ class DenseLayers:
         tensors: dict[str, Tensor] = {}
         by_file = sorted(names, key=lambda name: self._stored[name].file)
         for file, group in groupby(by_file, key=lambda name: self._stored[name].file):
-            with _opened(file) as weights:
+            with opened_weights(file) as weights:
                 for name in group:
                     found = weights.get_tensor(self._stored[name].name)
                     if convert:
@@ -316,7 +316,7 @@ def _slides(config: PretrainedConfig, index: int) -> bool:
 
 
 @contextmanager
-def _opened(file: Path, *, backend: str = "pread") -> Iterator[Any]:
+def opened_weights(file: Path, *, backend: str = "pread") -> Iterator[Any]:
     """An open safetensors file; what it raises becomes a ModelError.
 
     ``pread`` copies a tensor's bytes into memory of its own; ``mmap`` maps the file and
@@ -335,7 +335,7 @@ def _headers(folder: Path, known: dict[str, Any]) -> dict[str, _Stored]:
     """What a folder's files say they hold, by Hugging Face name."""
     found: dict[str, _Stored] = {}
     for file in weight_files(folder):
-        with _opened(file) as weights:
+        with opened_weights(file) as weights:
             for stored_name in weights.keys():
                 # Old checkpoints store what is computed from the config today.
                 if stored_name.endswith("rotary_emb.inv_freq"):
@@ -388,7 +388,7 @@ def _check_tie(folder: Path, table: _Stored, head: _Stored) -> None:
 
     def rows(place: _Stored, start: int) -> Tensor:
         # Mapped, because a slice by pread reads all of its tensor.
-        with _opened(place.file, backend="mmap") as weights:
+        with opened_weights(place.file, backend="mmap") as weights:
             table_VD = weights.get_tensor(place.name)
             return table_VD[start : start + _ROWS_COMPARED].float()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from samv2.common.errors import ModelError
 from samv2.common.settings import Settings
 from samv2.experts.moe_layers import WalkOptions
 from samv2.models.distillation import Distilled, distill
@@ -48,9 +49,15 @@ def distill_folder(
         What the training did, and the held-out scores of every repaired K.
 
     Raises:
-        ModelError: the model has no repair, or there is too little text.
+        ModelError: the model has no repair, its blocks are quantised, or there is too
+            little text.
     """
     model, tokenizer = load_expert_model(folder)
+    if model.expert_config.quantise != "none":
+        raise ModelError(
+            f"the expert blocks in {folder} are {model.expert_config.quantise}, and the "
+            "gradient stage trains float repairs; train first, quantise after"
+        )
     dtype = model.llama.lm_head.weight.dtype
     found = distill(
         model,

@@ -158,15 +158,20 @@ def load_expert_model(folder: Path) -> tuple[ExpertModel, PreTrainedTokenizerBas
     try:
         model = _build(weights, config, hf_config)
     except (ModelError, RuntimeError) as error:
-        raise ModelError(
-            f"the weights in {folder} do not fit its config: {error}; bootstrap the "
-            "model again"
-        ) from None
+        raise misfit(folder, error) from None
     try:
         tokenizer = read_tokenizer(folder)
     except ModelError as error:
         raise ModelError(f"the tokenizer in {folder} cannot be read: {error}") from None
     return model, tokenizer
+
+
+def misfit(folder: Path, error: Exception) -> ModelError:
+    """What to raise where a folder's weights are not what its config implies."""
+    return ModelError(
+        f"the weights in {folder} do not fit its config: {error}; bootstrap the model "
+        "again"
+    )
 
 
 def read_expert_config(folder: Path) -> tuple[ExpertModelConfig, PretrainedConfig]:
@@ -265,6 +270,7 @@ def layer_from(
 
     Raises:
         ModelError: a tensor is missing, or NF4 blocks are damaged.
+        RuntimeError: what is trained has other shapes.
     """
 
     def part(name: str) -> Tensor:
@@ -310,6 +316,8 @@ def layer_from(
         layer.add_repair(k, Repair(down_EFD=down_EFD, **own))
     if config.quantise != "none":
         _pack(layer, weights, prefix)
+    trained = {name: part(name) for name, _ in layer.named_parameters()}
+    layer.load_state_dict(trained, strict=False, assign=True)
     return layer
 
 

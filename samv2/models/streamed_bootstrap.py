@@ -15,19 +15,20 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from samv2.common.errors import ModelError
-from samv2.common.files import flush, replace_folder, write_json
+from samv2.common.files import replace_folder, write_json
 from samv2.common.settings import Settings
 from samv2.experts.allocation import Curve
 from samv2.experts.calibration import Gate
@@ -44,14 +45,18 @@ from samv2.models.bootstrap import (
 from samv2.models.convert_layer import Surveyed
 from samv2.models.dense_layers import DenseLayers
 from samv2.models.expert_model import ExpertModelConfig
-from samv2.models.perplexity import Score, score_hidden
+from samv2.models.perplexity import Score
 from samv2.models.save import assembler_tensors, stored_tensors, write_config
+from samv2.models.stored_layers import OTHER, layer_file, write_tensors
+from samv2.models.streamed_scores import score_streams
 from samv2.models.text_stream import TextStream
 from samv2_kernels import Surrogates
 
 STORE_SECONDS = 60.0
 """Streams are stored when so much work would be lost without."""
-SURVEY, STATE, OTHER = "survey", "state", "other.safetensors"
+SURVEY, STATE = "survey", "state"
+DENSE = 0
+"""Stands for the dense stream among the values of K."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +71,14 @@ class StreamedBootstrap:
     dense_scores: dict[str, Score]
     resumed_at: int
     """The first layer that was converted by this call."""
+    unquantised_scores: dict[int, dict[str, Score]] | None = None
+    """As ``scores``, before expert blocks were quantised; None where they were not."""
 
 
-@torch.no_grad()
+Finish = Callable[[Path, StreamedBootstrap], StreamedBootstrap]
+"""Changes a folder and what is known of it, before the folder takes its name."""
+
+
 def bootstrap_to_folder(
     source: DenseLayers,
     tokenizer: PreTrainedTokenizerBase,
@@ -79,6 +89,7 @@ def bootstrap_to_folder(
     *,
     fingerprint: str,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    finish: Finish = lambda folder, made: made,
 ) -> StreamedBootstrap:
     """Convert a dense checkpoint on disk, and score every K on held-out text.
 
@@ -91,6 +102,8 @@ def bootstrap_to_folder(
         folder: to be written or replaced.
         fingerprint: of the dense model.
         progress: called with a phase, layers done and layers in all.
+        finish: what else is to be done to the converted folder. A bootstrap that is
+            killed in it goes on with the last layers, and with it from its beginning.
 
     Raises:
         ModelError: see :func:`samv2.models.bootstrap.check_convertible`; or there are no
@@ -100,10 +113,26 @@ def bootstrap_to_folder(
     _check_windows(calibration_BS, heldout)
     config = initial_config(layers, settings, fingerprint)
     work = _Work(folder, _key(config, settings, calibration_BS, heldout, source))
+    made = _convert(source, calibration_BS, heldout, config, settings, work, progress)
+    with work.published(source, made.config, tokenizer) as converted:
+        return finish(converted, made)
+
+
+@torch.no_grad()
+def _convert(
+    source: DenseLayers,
+    calibration_BS: Tensor,
+    heldout: Mapping[str, Tensor],
+    config: ExpertModelConfig,
+    settings: Settings,
+    work: _Work,
+    progress: Callable[[str, int, int], None],
+) -> StreamedBootstrap:
+    """Survey, convert and score what is not done yet; leaves all tensors in ``work``."""
     surveyed = work.read_survey()
     if surveyed is None:
-        total = layers[-1] + 1
-        counter = _counter(lambda done: progress("Surveying layers", done, total))
+        surveys = config.layers[-1] + 1
+        counter = _counter(lambda done: progress("Surveying layers", done, surveys))
         surveyed = survey(source, calibration_BS, config, settings, counter)
         work.write_survey(surveyed)
     config = with_visits(config, surveyed, source.config, settings)
@@ -115,21 +144,18 @@ def bootstrap_to_folder(
     total = source.config.num_hidden_layers
     progress("Converting layers", resumed_at, total)
     for index, layer, report in conversion.run(surveyed, whole=True):
-        work.write_tensors(
-            f"layer-{index:05d}.safetensors",
-            stored_tensors(layer, f"model.layers.{index}."),
-        )
+        tensors = stored_tensors(layer, f"model.layers.{index}.")
+        work.write_tensors(layer_file(index), tensors)
         reports += [] if report is None else [report]
         if time.monotonic() - stored > STORE_SECONDS and index + 1 < total:
             work.store(conversion, reports)
             stored = time.monotonic()
-        del layer
+        del layer, tensors
         progress("Converting layers", index + 1, total)
     scores, dense_scores = _score(conversion, heldout)
     others = {name: source.tensor(name) for name in source.other_names()}
     assembler = make_assembler(source.config.hidden_size, config)
     work.write_tensors(OTHER, others | assembler_tensors(assembler))
-    work.publish(source, config, tokenizer)
     return StreamedBootstrap(
         config=config,
         cluster_stats=tuple(one.stats for one in surveyed),
@@ -161,23 +187,15 @@ def _score(
     conversion: Conversion, heldout: Mapping[str, Tensor]
 ) -> tuple[dict[int, dict[str, Score]], dict[str, Score]]:
     """Next-token scores of every stream's held-out part."""
-    source = conversion.source
-    norm, head_VD = source.final_norm(), source.head_weight()
-    counts = [len(windows) for windows in heldout.values()]
-
-    def of(hidden_HSD: Tensor) -> dict[str, Score]:
-        parts = zip(heldout.items(), hidden_HSD.split(counts), strict=True)
-        return {
-            name: score_hidden(norm(hidden_NSD), head_VD, tokens_NS)
-            for (name, tokens_NS), hidden_NSD in parts
-        }
+    count = sum(map(len, heldout.values()))
 
     def heldout_part(stream: TextStream) -> Tensor:
-        return stream.hidden_BSD[len(stream.hidden_BSD) - sum(counts) :]
+        return stream.hidden_BSD[len(stream.hidden_BSD) - count :]
 
-    streams = sorted(conversion.streams.items())
-    scores = {k: of(heldout_part(stream)) for k, stream in streams}
-    return scores, of(heldout_part(conversion.dense))
+    hidden = {k: heldout_part(one) for k, one in sorted(conversion.streams.items())}
+    hidden[DENSE] = heldout_part(conversion.dense)
+    scores = score_streams(conversion.source, hidden, heldout)
+    return scores, scores.pop(DENSE)
 
 
 def _key(
@@ -188,7 +206,9 @@ def _key(
     source: DenseLayers,
 ) -> str:
     """What must be the same for work to be taken up again."""
-    facts = [config.to_json(), asdict(settings.experts), str(source.dtype)]
+    # Blocks are quantised after all that is stored here.
+    experts = replace(settings.experts, quantise="none")
+    facts = [config.to_json(), asdict(experts), str(source.dtype)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tokens_NS in (("", calibration_BS), *heldout.items()):
         digest.update(f"{name} {tuple(tokens_NS.shape)}".encode())
@@ -214,17 +234,8 @@ class _Work:
         write_json(self.folder / "job.json", {"key": key})
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Replace a file, flushed before it takes the name."""
-        path = self.folder / name
-        made = path.with_suffix(".new")
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tensors.items()},
-            made,
-            metadata={"format": "pt"},
-        )
-        made.chmod(0o644)
-        flush(made)
-        made.replace(path)
+        """Replace one of the work's files."""
+        write_tensors(self.folder / name, tensors)
 
     def write_survey(self, surveyed: Sequence[Surveyed]) -> None:
         """Keep the survey: its tensors, then its numbers, which make it count."""
@@ -314,19 +325,21 @@ class _Work:
         conversion.next_layer = state["next_layer"]
         return [_report(row) for row in state["reports"]]
 
-    def publish(
+    @contextmanager
+    def published(
         self,
         source: DenseLayers,
         config: ExpertModelConfig,
         tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        """Move the layers to the output folder, which appears whole."""
+    ) -> Iterator[Path]:
+        """The layers in a folder that becomes the output, whole, if the block succeeds."""
         with replace_folder(self.target) as made:
             files = sorted(self.folder.glob("layer-*.safetensors"))
             for file in (*files, self.folder / OTHER):
                 _link(file, made / file.name)
             write_config(made, source.config, config)
             tokenizer.save_pretrained(made)
+            yield made
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _json(self, name: str) -> Any:

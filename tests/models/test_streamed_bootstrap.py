@@ -32,8 +32,10 @@ from samv2.models.bootstrap import LayerReport, bootstrap
 from samv2.models.dense_layers import DenseLayers
 from samv2.models.expert_model import ExpertModel
 from samv2.models.perplexity import score_windows
+from samv2.models.quantised_blocks import quantise_folder
 from samv2.models.save import load_expert_model, save_expert_model
 from samv2.models.streamed_bootstrap import StreamedBootstrap, bootstrap_to_folder
+from samv2.models.streamed_scores import score_folder
 from tests.helpers import VOCAB, assert_close, generator, tiny_config, tiny_settings
 
 KS = ["experts.other_k=2", "experts.allocate=true", "experts.cluster_starts=1"]
@@ -307,7 +309,7 @@ def test_a_bootstrap_may_be_stopped_again_and_again(
         ("fit_repair", 3),
         ("fit_repair", 1),
         ("fit_repair", 2),
-        ("score_hidden", 5),
+        ("score_streams", 0),
         ("write_config", 0),
     ):
         interrupt(run, name, call, monkeypatch)
@@ -387,6 +389,61 @@ def test_one_set_of_streams_is_kept(
         "4": 16 + 24,
         "8": 24,
     }
+
+
+def test_what_finishes_a_bootstrap_sees_the_folder_before_it_has_its_name(
+    run: Run,
+    reference: tuple[StreamedBootstrap, dict[str, Tensor]],
+    tmp_path: Path,
+) -> None:
+    def finish(folder: Path, made: StreamedBootstrap) -> StreamedBootstrap:
+        assert torch.is_grad_enabled(), "it may train"
+        assert not (tmp_path / "made").exists()
+        assert_same_bits(tensors_of(folder), reference[1])
+        (folder / "note.txt").write_text("finished")
+        return replace(made, resumed_at=77)
+
+    assert run(finish=finish).resumed_at == 77
+    assert (tmp_path / "made" / "note.txt").read_text() == "finished"
+    assert {path.name for path in tmp_path.iterdir()} == {"made"}
+
+
+@pytest.mark.parametrize("stop", ["quantise", "score"])
+def test_a_bootstrap_that_is_stopped_while_it_quantises_goes_on(
+    run: Run,
+    calls: dict[str, int],
+    store_always: None,
+    heldout: dict[str, Tensor],
+    tiny_llama_folder: Path,
+    tmp_path: Path,
+    stop: str,
+) -> None:
+    """To the bits of one that was not, with the layers before the last not repeated."""
+    source = DenseLayers.open(tiny_llama_folder, dtype=torch.float32)
+
+    def finish(stops_at: str, folder: Path, made: StreamedBootstrap):
+        def stopping(done: int, total: int) -> None:
+            if stops_at == "quantise" and done == 2:
+                raise Stopped
+
+        quantise_folder(folder, progress=stopping)
+        if stops_at == "score":
+            raise Stopped
+        scores = score_folder(folder, source, heldout, sorted(made.scores))
+        return replace(made, scores=scores)
+
+    expected = run(finish=partial(finish, ""), folder=tmp_path / "reference")
+    with pytest.raises(Stopped):
+        run("experts.quantise=none", finish=partial(finish, stop))
+    assert not (tmp_path / "made").exists()
+    calls |= dict.fromkeys(calls, 0)
+    found = run("experts.quantise=nf4", finish=partial(finish, ""))
+    assert calls == {"survey_layer": 0, "fit_repair": 2}
+    assert found.scores == expected.scores
+    made = tensors_of(tmp_path / "made")
+    assert_same_bits(made, tensors_of(tmp_path / "reference"))
+    assert "model.layers.0.mlp.repair_2_down_codes_EH" in made
+    assert {path.name for path in tmp_path.iterdir()} == {"made", "reference"}
 
 
 @pytest.fixture(scope="module")
