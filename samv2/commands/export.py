@@ -16,7 +16,7 @@ def register(verbs: Any) -> None:
         help="merge adapters and experts into a plain Hugging Face model",
         description="Writes the run's (or bootstrapped folder's) model with every expert "
         "re-joined and every adapter merged: the K = E model, as an ordinary Llama "
-        "folder.",
+        "folder. 4-bit blocks are exported as the weights that they stand for.",
     )
     parser.add_argument(
         "model",

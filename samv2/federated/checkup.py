@@ -124,8 +124,9 @@ def _four_bit() -> tuple[str, str]:
     import bitsandbytes
 
     return "note", (
-        f"bitsandbytes {bitsandbytes.__version__}: NF4 for dense QLoRA "
-        "(samv2.models.quantised); expert blocks are float32 or bfloat16"
+        f"bitsandbytes {bitsandbytes.__version__}: NF4 expert blocks "
+        "(experts.quantise), unpacked a layer at a time without a fused kernel, and "
+        "dense QLoRA (samv2.models.quantised)"
     )
 
 

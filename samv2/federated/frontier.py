@@ -11,7 +11,8 @@ import math
 import resource
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from samv2.federated.frontier_choice import (
     repairs,
     smallest_k_within,
 )
+from samv2.federated.frontier_finish import finish
 from samv2.federated.frontier_inputs import FrontierInputs, read_inputs
 from samv2.federated.frontier_plot import draw_frontier
 from samv2.federated.phases import Phases
@@ -32,7 +34,6 @@ from samv2.federated.prepare import write_stats
 from samv2.federated.run_folder import check_output
 from samv2.federated.run_logs import perplexities
 from samv2.models.bootstrap import LayerReport, parse_layers
-from samv2.models.distilled_folder import distill_folder
 from samv2.models.perplexity import Score
 from samv2.models.save import CONFIG_FILE, CONFIG_KEY
 from samv2.models.streamed_bootstrap import (
@@ -45,7 +46,6 @@ TEXT = "Reading model and text"
 SURVEYING, CONVERTING = "Surveying layers", "Converting layers"
 """What :func:`bootstrap_to_folder` calls its phases."""
 SAVING = "Scoring held-out text, saving"
-LEARNING = "Learning from the dense model (steps)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,12 @@ class Point:
     text; None where one of them is not finite."""
     unseen_ratio: float | None
     """The same of the other domains; None where there is none."""
+    unquantised_perplexity: dict[str, float | None] | None
+    """As ``perplexity``, before expert blocks were quantised; None where they were not."""
+    unquantised_ratio: float | None
+    """As ``ratio``, of it."""
+    unquantised_unseen_ratio: float | None
+    """As ``unseen_ratio``, of it."""
     visits: tuple[int, ...]
     """Visits of every converted layer."""
 
@@ -136,9 +142,8 @@ def bootstrap_with_frontier(
             output,
             fingerprint=inputs.fingerprint,
             progress=_watch(phases, partial_folder(output), inputs),
+            finish=partial(finish, inputs=inputs, phases=phases),
         )
-        if settings.distill.steps:
-            made = _learn(made, output, inputs, phases)
     points = tuple(_point(k, made, inputs) for k in sorted(made.scores))
     kept = settings.experts.experts_per_token
     if options.target_ppl_ratio is not None:
@@ -155,32 +160,6 @@ def bootstrap_with_frontier(
     )
     _save(output, frontier, made, settings)
     return frontier
-
-
-def _learn(
-    made: StreamedBootstrap, output: Path, inputs: FrontierInputs, phases: Phases
-) -> StreamedBootstrap:
-    """The gradient stage; scores are those after it."""
-    phases.start(LEARNING, total=inputs.settings.distill.steps)
-    found, scores = distill_folder(
-        output,
-        inputs.source.folder,
-        inputs.calibration_NS,
-        inputs.heldout,
-        inputs.settings,
-        progress=phases.advance,
-    )
-    for k in sorted(found.before):
-        phases.say(
-            f"K = {k}: KL to the dense model on text kept from training, nats a token: "
-            f"{found.before[k]:.3f} before, {found.after[k]:.3f} after"
-        )
-    if not found.kept:
-        phases.say(
-            "[yellow]The gradient stage did not help and was undone; lower "
-            "distill.learning_rate, or give it more steps and text.[/yellow]"
-        )
-    return replace(made, scores=made.scores | scores)
 
 
 def partial_folder(output: Path) -> Path:
@@ -222,8 +201,8 @@ def _found_work(phase: str, done: int) -> str:
 
 
 def _point(k: int, made: StreamedBootstrap, inputs: FrontierInputs) -> Point:
-    found, dense = made.scores[k], made.dense_scores
-    config = made.config
+    found, dense, config = made.scores[k], made.dense_scores, made.config
+    before = None if made.unquantised_scores is None else made.unquantised_scores[k]
     return Point(
         experts_per_token=k,
         ffn_flops_fraction=config.flops_fraction(inputs.source.config, k),
@@ -231,6 +210,9 @@ def _point(k: int, made: StreamedBootstrap, inputs: FrontierInputs) -> Point:
         dense_perplexity=perplexities(dense),
         ratio=_ratio(found, dense, inputs.calibrated),
         unseen_ratio=_ratio(found, dense, inputs.unseen),
+        unquantised_perplexity=before and perplexities(before),
+        unquantised_ratio=before and _ratio(before, dense, inputs.calibrated),
+        unquantised_unseen_ratio=before and _ratio(before, dense, inputs.unseen),
         visits=tuple(
             config.layer_visits(position).get(k, k)
             for position in range(len(config.layers))

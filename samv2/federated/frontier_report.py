@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +14,9 @@ from samv2.federated.phases import duration
 
 RATIO = "mean ratio to dense"
 UNSEEN = "not in the\ncalibration text"
+COST = "mean ratio to float"
+"""Of the quantised model to the same with float blocks."""
+BEFORE_AFTER = "a -> b: before and after expert blocks went to 4 bits"
 PADDING = 3
 """Characters of a column beside its content."""
 
@@ -61,7 +64,7 @@ def _pieces(frontier: Frontier, width: int) -> Iterator[Sequence[Point]]:
     names = (*frontier.calibrated, *frontier.unseen, RATIO)
     cells = [_visits(point) for point in points]
     cells += [_heading(point, frontier.kept) for point in points]
-    cells += [_number(x) for point in points for x in point.perplexity.values()]
+    cells += [cell for point in points for cell in _perplexities(point).values()]
     beside = max(map(len, names)) + PADDING + 1
     fitting = (width - beside) // (max(map(len, cells)) + PADDING) - 1
     for start in range(0, len(points), max(1, fitting)):
@@ -74,28 +77,72 @@ def _table(frontier: Frontier, points: Sequence[Point]) -> Table:
         "Held-out perplexity against FFN arithmetic",
         ["", "dense", *(_heading(point, frontier.kept) for point in points)],
         [],
-        caption="* experts_per_token of the saved model",
+        caption=_caption(frontier, points),
     )
     table.caption_justify = "left"
-    if all(point.experts_per_token != frontier.kept for point in points):
-        table.caption = None
 
     def domains(names: Sequence[str]) -> None:
         for name in names:
-            cells = [_number(point.perplexity[name]) for point in points]
+            cells = [_perplexities(point)[name] for point in points]
             table.add_row(name, _number(dense[name]), *cells)
 
     table.add_row("visits a token", "", *(_visits(point) for point in points))
     table.add_row("FFN FLOPs", "100 %", *map(_share, points), end_section=True)
     domains(frontier.calibrated)
-    ratios = [_ratio(point.ratio) for point in points]
-    table.add_row(RATIO, "1.000", *ratios, end_section=True, style="bold")
+    ratios = [_pair(_ratio, p.unquantised_ratio, p.ratio, p) for p in points]
+    table.add_row(RATIO, "1.000", *ratios, style="bold")
+    if _quantised(points):
+        table.add_row(COST, "", *(_ratio(_cost(point)) for point in points))
+    table.add_section()
     if frontier.unseen:
         table.add_row(UNSEEN, style="italic")
         domains(frontier.unseen)
-        ratios = [_ratio(point.unseen_ratio) for point in points]
+        ratios = [
+            _pair(_ratio, p.unquantised_unseen_ratio, p.unseen_ratio, p) for p in points
+        ]
         table.add_row(RATIO, "1.000", *ratios, style="bold")
     return table
+
+
+def _caption(frontier: Frontier, points: Sequence[Point]) -> str | None:
+    """What a reader needs to know of the cells."""
+    lines = []
+    if any(point.experts_per_token == frontier.kept for point in points):
+        lines.append("* experts_per_token of the saved model")
+    if _quantised(points):
+        lines.append(BEFORE_AFTER)
+    return "\n".join(lines) or None
+
+
+def _quantised(points: Sequence[Point]) -> bool:
+    return any(point.unquantised_perplexity is not None for point in points)
+
+
+def _perplexities(point: Point) -> dict[str, str]:
+    """By domain: perplexity, with that before quantising in front."""
+    before = point.unquantised_perplexity or {}
+    return {
+        name: _pair(_number, before.get(name), value, point)
+        for name, value in point.perplexity.items()
+    }
+
+
+def _pair(
+    show: Callable[[float | None], str],
+    before: float | None,
+    after: float | None,
+    point: Point,
+) -> str:
+    if point.unquantised_perplexity is None:
+        return show(after)
+    return f"{show(before)} -> {show(after)}"
+
+
+def _cost(point: Point) -> float | None:
+    """Mean perplexity after quantising over that before."""
+    if point.ratio is None or point.unquantised_ratio is None:
+        return None
+    return point.ratio / point.unquantised_ratio
 
 
 def _heading(point: Point, kept: int) -> str:

@@ -53,6 +53,7 @@ from samv2.models.llama_loader import (
     peek_config,
 )
 from samv2.models.perplexity import Score
+from samv2.models.quantised_blocks import NF4, quantise_model
 from samv2.models.save import (
     conversion_settings,
     expert_fingerprint,
@@ -179,6 +180,8 @@ def convert_and_save(
             fingerprint=loaded.fingerprint,
             progress=advance,
         )
+    if settings.experts.quantise == NF4:
+        quantise_model(made.model)
     save_expert_model(made.model, loaded.tokenizer, folder)
     return made
 

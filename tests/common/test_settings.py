@@ -57,6 +57,7 @@ FAULTS = [
     ("experts.num_shared", -1, "experts.num_shared is -1; use at least 0"),
     ("experts.num_shared", 16, "num_shared is 16; at least one of the 16 experts must"),
     ("experts.feature", "x", "experts.feature is 'x'; use one of coactivation, gate"),
+    ("experts.quantise", "int4", "quantise is 'int4'; use one of none, nf4"),
     ("experts.gate", "x", "experts.gate is 'x'; use one of ridge, ridge_log, avg_k"),
     ("experts.combine", "x", "experts.combine is 'x'; use one of unit, softmax"),
     ("experts.surrogate_rank", -1, "surrogate_rank is -1; use at least 0"),
