@@ -279,7 +279,7 @@ def attention_inputs(
             config=config,
             inputs_embeds=like_1S1,
             attention_mask=None,
-            past_key_values=None,
+            cache=None,
             position_ids=positions_1S,
         )
         for kind in set(slides)

@@ -178,19 +178,19 @@ class ExpertDecoderLayer(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        cache: DynamicCache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         walk_options: WalkOptions | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """As the dense layer's; ``walk_options`` reaches the expert graph."""
-        prefix = self._prefix(past_key_values, walk_options)
+        prefix = self._prefix(cache, walk_options)
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
             **kwargs,
@@ -199,8 +199,8 @@ class ExpertDecoderLayer(nn.Module):
         output, state = self.mlp(
             self.post_attention_layernorm(hidden_states), walk_options, prefix
         )
-        if isinstance(past_key_values, ExpertCache):
-            past_key_values.prefixes[self.mlp.layer] = state
+        if isinstance(cache, ExpertCache):
+            cache.prefixes[self.mlp.layer] = state
         return hidden_states + output
 
     def _prefix(
@@ -217,7 +217,7 @@ class ExpertDecoderLayer(nn.Module):
         if seen and uses_context:
             raise ModelError(
                 "this cache was filled without the assembler's context; pass "
-                "past_key_values=ExpertCache(), or generate through ExpertModel.generate"
+                "cache=ExpertCache(), or generate through ExpertModel.generate"
             )
         return None
 
@@ -317,7 +317,7 @@ class ExpertModel(nn.Module):
             raise ModelError(f"num_beams is {kwargs['num_beams']}; use 1 (sampling)")
         self._refuse_left_padding(kwargs.get("attention_mask"))
         return self.llama.generate(
-            input_ids, past_key_values=ExpertCache(config=self.config), **kwargs
+            input_ids, cache=ExpertCache(config=self.config), **kwargs
         )
 
     @property

@@ -93,7 +93,7 @@ def test_cached_decoding_is_the_full_forward(
     cache, start, pieces = ExpertCache(config=stirred.config), 0, []
     for stop in cuts:
         part = ids[:, start:stop]
-        pieces.append(logits_of(stirred, part, past_key_values=cache, use_cache=True))
+        pieces.append(logits_of(stirred, part, cache=cache, use_cache=True))
         start = stop
     assert_close("logits", torch.cat(pieces, 1), logits_of(stirred, ids), "logits")
 
@@ -112,11 +112,11 @@ def test_generation_is_greedy_decoding(stirred: ExpertModel, ids: Tensor) -> Non
 
 def test_a_cache_without_contexts_is_refused(stirred: ExpertModel, ids: Tensor) -> None:
     cache = DynamicCache(config=stirred.config)
-    stirred(ids[:, :9], past_key_values=cache, use_cache=True)
-    with pytest.raises(ModelError, match=r"past_key_values=ExpertCache\(\)"):
-        stirred(ids[:, 9:], past_key_values=cache, use_cache=True)
+    stirred(ids[:, :9], cache=cache, use_cache=True)
+    with pytest.raises(ModelError, match=r"cache=ExpertCache\(\)"):
+        stirred(ids[:, 9:], cache=cache, use_cache=True)
     options = WalkOptions(use_assembler=False)
-    stirred(ids[:, 9:], past_key_values=cache, use_cache=True, walk_options=options)
+    stirred(ids[:, 9:], cache=cache, use_cache=True, walk_options=options)
 
 
 def test_beams_are_refused(stirred: ExpertModel, ids: Tensor) -> None:
