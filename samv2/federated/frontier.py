@@ -33,7 +33,8 @@ from samv2.federated.phases import Phases
 from samv2.federated.prepare import write_stats
 from samv2.federated.run_folder import check_output
 from samv2.federated.run_logs import perplexities
-from samv2.models.bootstrap import LayerReport, parse_layers
+from samv2.models.bootstrap import parse_layers
+from samv2.models.conversion import LayerReport
 from samv2.models.perplexity import Score
 from samv2.models.save import CONFIG_FILE, CONFIG_KEY
 from samv2.models.streamed_bootstrap import (

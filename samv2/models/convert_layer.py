@@ -30,7 +30,12 @@ from samv2.experts.calibration import (
 from samv2.experts.emoe_cluster import ClusterStats, cluster_layer
 from samv2.experts.graph import initial_graph
 from samv2.experts.moe_layers import ExpertGraphMLP, FrozenFactors
-from samv2.experts.repair import START, Repair, RepairFit, RepairStatistics
+from samv2.experts.repair import (
+    START,
+    Repair,
+    RepairFit,
+    RepairStatistics,
+)
 from samv2.models.adapters import make_factors
 from samv2.models.expert_model import ExpertModelConfig
 from samv2.models.text_stream import SEQUENCES_AT_ONCE
@@ -38,6 +43,8 @@ from samv2_kernels import ExpertWeights, Surrogates, visit
 
 CLUSTERED_TOKENS = 4096
 """Co-activation, activation mass and curves are measured on at most so many tokens."""
+LEAST_SHARE = 0.02
+"""Residuals below this share of the dense stream weigh as if they were so large."""
 PROJECTIONS = 64
 """Errors of the curves are measured on so many random projections of the output."""
 
@@ -176,17 +183,26 @@ def fit_repair(
     *,
     rank: int,
     near: tuple[float, float] = START,
-) -> tuple[Repair, RepairFit]:
-    """What the layer should compute at K visits to come close to the dense stream.
+) -> tuple[RepairFit, Tensor]:
+    """Give a layer the repair for K visits that brings its stream close to the dense one.
+
+    A token weighs 1 / (|dense stream| |residual|): a step of iteratively reweighted least
+    squares towards the mean *relative* error instead of its square, which tokens that
+    went astray layers ago would rule. Hidden units are computed once, for the fit and for
+    the stream, and held: B S M numbers in the dtype of x.
 
     Args:
         mlp: the layer; must have no repair for K yet.
         k: K.
         x_BSD: (B, S, D) FFN inputs in the stream that was converted for K.
         after_BSD: (B, S, D) that stream before the FFN's output is added.
-        dense_BSD: (B, S, D) the dense stream after the layer.
+        dense_BSD: (B', S, D) the dense stream after the layer; the first B' sequences are
+            fitted to, the others only carried along.
         rank: of the linear stand-in; not used where the layer visits all experts.
         near: where the search for the ridges begins.
+
+    Returns:
+        How the repair was fitted, and (B, S, D) the stream after the repaired layer.
     """
     gate_MD, up_MD = mlp.gate_EFD.flatten(0, 1), mlp.up_EFD.flatten(0, 1)
     down_MD = mlp.down_EFD.flatten(0, 1)
@@ -194,18 +210,30 @@ def fit_repair(
     if mlp.visits_at(k) == mlp.num_experts:
         rank = 0
     statistics = RepairStatistics(*gate_MD.shape, device=x_BSD.device)
-    level = dense_BSD.float().square().sum(dim=2).clamp(min=1e-12)
-    weight_BS = level.reciprocal() / level.reciprocal().mean()
-    for fold, rows in enumerate(_folds(len(x_BSD))):
+    size_BS = dense_BSD.float().norm(dim=2).clamp(min=1e-6)
+    weight_BS = size_BS.square().reciprocal()
+    weight_BS /= weight_BS.mean()
+    hidden_BSM = x_BSD.new_empty(*x_BSD.shape[:2], len(gate_MD))
+
+    def visit_experts(some: Tensor) -> Tensor:
+        x_ND = x_BSD[some].flatten(0, 1)
+        visited_NE = mlp.visited(x_ND, k).to(x_ND.dtype)
+        hidden_NM = silu(x_ND @ gate_MD.T) * (x_ND @ up_MD.T)
+        hidden_NM *= visited_NE.repeat_interleave(width, dim=1)
+        hidden_BSM[some] = hidden_NM.view(len(some), *hidden_BSM.shape[1:])
+        return hidden_NM
+
+    for fold, rows in enumerate(_folds(len(dense_BSD))):
         for some in rows.split(SEQUENCES_AT_ONCE):
-            x_ND = x_BSD[some].flatten(0, 1)
-            visited_NE = mlp.visited(x_ND, k).to(x_ND.dtype)
-            hidden_NM = silu(x_ND @ gate_MD.T) * (x_ND @ up_MD.T)
-            hidden_NM *= visited_NE.repeat_interleave(width, dim=1)
+            hidden_NM = visit_experts(some)
             reached_ND = after_BSD[some].flatten(0, 1) + hidden_NM @ down_MD
             residual_ND = dense_BSD[some].flatten(0, 1).float() - reached_ND.float()
-            weight_N = weight_BS[some].flatten()
+            share_N = residual_ND.norm(dim=1) / size_BS[some].flatten()
+            weight_N = weight_BS[some].flatten() / share_N.clamp(min=LEAST_SHARE)
+            x_ND = x_BSD[some].flatten(0, 1)
             statistics.add(hidden_NM, x_ND, residual_ND, weight_N, fold=fold)
+    for some in torch.arange(len(dense_BSD), len(x_BSD)).split(SEQUENCES_AT_ONCE):
+        visit_experts(some)
     fit = statistics.solve(rank, near=near)
     dtype = down_MD.dtype
     down_EFD = (down_MD.float() + fit.change_MD).to(dtype).view(mlp.down_EFD.shape)
@@ -215,7 +243,14 @@ def fit_repair(
         out_QD=fit.out_QD.to(dtype),
         bias_D=fit.bias_D,
     )
-    return repair, fit
+    mlp.add_repair(k, repair)
+    moved = [
+        after + (hidden @ down_EFD.flatten(0, 1) + mlp.stand_in(x, k))
+        for after, hidden, x in zip(
+            *(part.split(SEQUENCES_AT_ONCE) for part in (after_BSD, hidden_BSM, x_BSD))
+        )
+    ]
+    return fit, torch.cat(moved)
 
 
 def layer_factors(

@@ -28,7 +28,7 @@ from samv2.common.settings import DistillSettings
 from samv2.experts.moe_layers import ExpertGraphMLP, WalkOptions
 from samv2.experts.repair import Repair, repair_name
 from samv2.models.expert_model import ExpertModel
-from samv2.models.perplexity import ROWS_PER_CHUNK
+from samv2.models.perplexity import ROWS_PER_CHUNK, last_states
 
 GATE_SHARE = 4.0
 """Relative to their size, gates learn so much faster than repairs. Their size depends on
@@ -91,7 +91,7 @@ def distill(
             "of them to judge by: raise experts.calibration_tokens"
         )
 
-    wanted_BSD = dense_states(teacher, calibration_BS)
+    wanted_BSD = last_states(teacher, calibration_BS)
     lesson = _Lesson(model, teacher.lm_head.weight, calibration_BS, wanted_BSD)
 
     def judge() -> dict[int, float]:
@@ -105,16 +105,6 @@ def distill(
     if not kept:
         _put_back(model, saved)
     return Distilled(losses=losses, before=before, after=after, kept=kept)
-
-
-@torch.no_grad()
-def dense_states(teacher: PreTrainedModel, tokens_BS: Tensor) -> Tensor:
-    """The dense model's last hidden states, (B, S, D), behind its final norm."""
-    parts = [
-        teacher.model(input_ids=part_BS, use_cache=False)[0]
-        for part_BS in tokens_BS.split(4)
-    ]
-    return torch.cat(parts)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,20 @@ Shapes: B sequences, S positions, L converted layers, E experts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from samv2.common.errors import ModelError
@@ -29,6 +36,7 @@ from samv2.experts.moe_layers import (
 )
 from samv2.models.adapters import read_blocks, write_blocks
 from samv2.models.assembler import Assembler
+from samv2.models.logit_scale import fit_logit_scale, scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,9 @@ class ExpertModelConfig:
     """Rank of the repairs' linear stand-ins."""
     visits: tuple[tuple[int, ...], ...] = ()
     """For each repaired K, the visits of every converted layer; empty: K everywhere."""
+    logit_scales: tuple[float, ...] = ()
+    """For each repaired K, the factor on its logits; empty: 1. See
+    :mod:`samv2.models.logit_scale`."""
     quantise: str = "none"
     """``nf4`` where expert blocks are packed in 4 bits, else ``none``."""
     adapter_rank: int = 8
@@ -72,8 +83,13 @@ class ExpertModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; the inverse of :meth:`from_json`."""
-        lists = {"layers": list(self.layers), "repaired": list(self.repaired)}
+        flat = ("layers", "repaired", "logit_scales")
+        lists = {name: list(getattr(self, name)) for name in flat}
         return asdict(self) | lists | {"visits": [list(row) for row in self.visits]}
+
+    def logit_scale(self, k: int) -> float:
+        """What the last hidden states are multiplied by at K, and so the logits."""
+        return dict(zip(self.repaired, self.logit_scales, strict=False)).get(k, 1.0)
 
     def layer_visits(self, position: int) -> dict[int, int]:
         """By K, how many visits one converted layer makes where that is not K itself."""
@@ -119,6 +135,7 @@ class ExpertModelConfig:
             )
         try:
             lists = {name: tuple(values[name]) for name in ("layers", "repaired")}
+            lists["logit_scales"] = tuple(values.get("logit_scales", ()))
             visits = tuple(tuple(row) for row in values["visits"])
             config = cls(**(values | lists | {"visits": visits}))
         except (KeyError, TypeError) as error:
@@ -136,6 +153,13 @@ class ExpertModelConfig:
             raise ModelError(
                 f"the expert model's config has visits for {found} layers, one row for "
                 f"each of the K {list(config.repaired)}; it needs {expected}"
+            )
+        scales = config.logit_scales
+        positive = all(isinstance(s, float) and 0 < s < math.inf for s in scales)
+        if not positive or len(scales) not in (0, len(config.repaired)):
+            raise ModelError(
+                f"the expert model's config has logit_scales {list(scales)}; it needs one "
+                f"positive number for each of the K {list(config.repaired)}, or none"
             )
         return config
 
@@ -289,23 +313,47 @@ class ExpertModel(nn.Module):
             ModelError: left padding while an assembler is in use.
         """
         self._refuse_left_padding(attention_mask)
-        return self.llama(
+        output = self.llama(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            labels=labels,
             use_cache=use_cache,
             walk_options=walk_options,
             **kwargs,
         )
+        output.logits = scaled(output.logits, self._logit_scale(walk_options))
+        if labels is not None:
+            output.loss = self.llama.loss_function(
+                logits=output.logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                **kwargs,
+            )
+        return output
 
     def hidden_states(
         self, input_ids: Tensor, walk_options: WalkOptions | None = None
     ) -> Tensor:
-        """Last hidden states (B, S, D), before the head."""
+        """Last hidden states (B, S, D): times the head's weight they are the logits."""
         output = self.llama.model(
             input_ids=input_ids, use_cache=False, walk_options=walk_options
         )
-        return output.last_hidden_state
+        return scaled(output.last_hidden_state, self._logit_scale(walk_options))
+
+    @torch.no_grad()
+    def fit_logit_scales(self, tokens_BS: Tensor, wanted_BSD: Tensor) -> None:
+        """Set the factor on the logits of every repaired K.
+
+        Args:
+            tokens_BS: (B, S) int64, text that the repairs were not fitted to.
+            wanted_BSD: (B, S, D) the dense model's last hidden states on it.
+        """
+        self.expert_config = replace(self.expert_config, logit_scales=())
+        head_VD, scales = self.llama.lm_head.weight, []
+        for k in self.expert_config.repaired:
+            options = WalkOptions(experts_per_token=k, use_assembler=False)
+            parts = [self.hidden_states(part, options) for part in tokens_BS.split(4)]
+            scales.append(fit_logit_scale(torch.cat(parts), wanted_BSD, head_VD))
+        self.expert_config = replace(self.expert_config, logit_scales=tuple(scales))
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
@@ -316,6 +364,11 @@ class ExpertModel(nn.Module):
         if kwargs.get("num_beams", 1) != 1:
             raise ModelError(f"num_beams is {kwargs['num_beams']}; use 1 (sampling)")
         self._refuse_left_padding(kwargs.get("attention_mask"))
+        scale = self._logit_scale(None)
+        if scale != 1:
+            processors = kwargs.pop("logits_processor", None) or []
+            warper = TemperatureLogitsWarper(1 / scale)
+            kwargs["logits_processor"] = LogitsProcessorList([warper, *processors])
         return self.llama.generate(
             input_ids, cache=ExpertCache(config=self.config), **kwargs
         )
@@ -389,6 +442,12 @@ class ExpertModel(nn.Module):
         config = self.expert_config
         k = config.experts_per_token if experts_per_token is None else experts_per_token
         return config.flops_fraction(self.config, k)
+
+    def _logit_scale(self, options: WalkOptions | None) -> float:
+        k = self.expert_config.experts_per_token
+        if options is not None and options.experts_per_token is not None:
+            k = options.experts_per_token
+        return self.expert_config.logit_scale(k)
 
     def _refuse_left_padding(self, attention_mask: Tensor | None) -> None:
         if self.assembler is None or attention_mask is None:

@@ -98,6 +98,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
+def last_states(model: PreTrainedModel, tokens_BS: Tensor) -> Tensor:
+    """A dense model's last hidden states, (B, S, D), behind its final norm."""
+    parts = [
+        model.model(input_ids=part_BS, use_cache=False)[0]
+        for part_BS in tokens_BS.split(4)
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
 def score_hidden(hidden_NSD: Tensor, head_VD: Tensor, tokens_NS: Tensor) -> Score:
     """Score windows by their last hidden states.
 

@@ -34,17 +34,17 @@ from samv2.experts.allocation import Curve
 from samv2.experts.calibration import Gate
 from samv2.experts.emoe_cluster import ClusterStats
 from samv2.models.bootstrap import (
-    Conversion,
-    LayerReport,
     check_convertible,
     initial_config,
     make_assembler,
     survey,
     with_visits,
 )
+from samv2.models.conversion import Conversion, LayerReport
 from samv2.models.convert_layer import Surveyed
 from samv2.models.dense_layers import DenseLayers
 from samv2.models.expert_model import ExpertModelConfig
+from samv2.models.logit_scale import fit_logit_scale, split_calibration
 from samv2.models.perplexity import Score
 from samv2.models.save import assembler_tensors, stored_tensors, write_config
 from samv2.models.stored_layers import OTHER, layer_file, write_tensors
@@ -129,15 +129,16 @@ def _convert(
     progress: Callable[[str, int, int], None],
 ) -> StreamedBootstrap:
     """Survey, convert and score what is not done yet; leaves all tensors in ``work``."""
+    fitted_BS, reserved_BS = split_calibration(calibration_BS)
     surveyed = work.read_survey()
     if surveyed is None:
         surveys = config.layers[-1] + 1
         counter = _counter(lambda done: progress("Surveying layers", done, surveys))
-        surveyed = survey(source, calibration_BS, config, settings, counter)
+        surveyed = survey(source, fitted_BS, config, settings, counter)
         work.write_survey(surveyed)
     config = with_visits(config, surveyed, source.config, settings)
     conversion = Conversion(
-        source, calibration_BS, config, torch.cat(list(heldout.values()))
+        source, fitted_BS, config, torch.cat([reserved_BS, *heldout.values()])
     )
     reports = work.restore(conversion)
     resumed_at, stored = conversion.next_layer, time.monotonic()
@@ -152,7 +153,9 @@ def _convert(
             stored = time.monotonic()
         del layer, tensors
         progress("Converting layers", index + 1, total)
-    scores, dense_scores = _score(conversion, heldout)
+    scales = _logit_scales(conversion, len(reserved_BS))
+    config = replace(config, logit_scales=scales)
+    scores, dense_scores = _score(conversion, heldout, config)
     others = {name: source.tensor(name) for name in source.other_names()}
     assembler = make_assembler(source.config.hidden_size, config)
     work.write_tensors(OTHER, others | assembler_tensors(assembler))
@@ -183,8 +186,25 @@ def _counter(report: Callable[[int], None]) -> Callable[[], None]:
     return lambda: report(next(done))
 
 
+def _logit_scales(conversion: Conversion, reserved: int) -> tuple[float, ...]:
+    """The factor of every repaired K, on the text behind the fitted sequences."""
+    source = conversion.source
+    norm, head_VD = source.final_norm(), source.head_weight()
+
+    def last_states(stream: TextStream, first: int) -> Tensor:
+        return norm(stream.hidden_BSD[first : first + reserved])
+
+    wanted_BSD = last_states(conversion.dense, conversion.fitted)
+    return tuple(
+        fit_logit_scale(
+            last_states(conversion.streams[k], conversion.fitted), wanted_BSD, head_VD
+        )
+        for k in conversion.config.repaired
+    )
+
+
 def _score(
-    conversion: Conversion, heldout: Mapping[str, Tensor]
+    conversion: Conversion, heldout: Mapping[str, Tensor], config: ExpertModelConfig
 ) -> tuple[dict[int, dict[str, Score]], dict[str, Score]]:
     """Next-token scores of every stream's held-out part."""
     count = sum(map(len, heldout.values()))
@@ -194,7 +214,7 @@ def _score(
 
     hidden = {k: heldout_part(one) for k, one in sorted(conversion.streams.items())}
     hidden[DENSE] = heldout_part(conversion.dense)
-    scores = score_streams(conversion.source, hidden, heldout)
+    scores = score_streams(conversion.source, hidden, heldout, config.logit_scale)
     return scores, scores.pop(DENSE)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from samv2.experts.moe_layers import ExpertGraphMLP, WalkOptions
 from samv2.models.dense_layers import DenseLayers
+from samv2.models.logit_scale import scaled
 from samv2.models.perplexity import Score, score_hidden
 from samv2.models.stored_layers import StoredLayers
 from samv2.models.text_stream import TextStream
@@ -23,6 +24,7 @@ def score_streams(
     source: DenseLayers,
     streams_HSD: Mapping[int, Tensor],
     heldout: Mapping[str, Tensor],
+    scale_of: Callable[[int], float] = lambda key: 1.0,
 ) -> dict[int, dict[str, Score]]:
     """Next-token scores of streams behind the last layer.
 
@@ -30,6 +32,7 @@ def score_streams(
         source: gives the final norm and the head.
         streams_HSD: (H, S, D) each, by any key, e.g. K.
         heldout: by domain, (N, S) int64; the streams' windows in this order.
+        scale_of: a key's factor on the logits.
 
     Returns:
         By the same key, by domain.
@@ -37,14 +40,16 @@ def score_streams(
     norm, head_VD = source.final_norm(), source.head_weight()
     counts = [len(windows) for windows in heldout.values()]
 
-    def of(hidden_HSD: Tensor) -> dict[str, Score]:
+    def of(hidden_HSD: Tensor, scale: float) -> dict[str, Score]:
         parts = zip(heldout.items(), hidden_HSD.split(counts), strict=True)
         return {
-            name: score_hidden(norm(hidden_NSD), head_VD, tokens_NS)
+            name: score_hidden(scaled(norm(hidden_NSD), scale), head_VD, tokens_NS)
             for (name, tokens_NS), hidden_NSD in parts
         }
 
-    return {key: of(hidden_HSD) for key, hidden_HSD in streams_HSD.items()}
+    return {
+        key: of(hidden_HSD, scale_of(key)) for key, hidden_HSD in streams_HSD.items()
+    }
 
 
 @torch.no_grad()
@@ -86,7 +91,7 @@ def score_folder(
             stream.advance(*stream.attend(layer, index), ffn)
         progress(index + 1, total)
     hidden = {k: stream.hidden_BSD for k, stream in streams.items()}
-    return score_streams(source, hidden, heldout)
+    return score_streams(source, hidden, heldout, stored.config.logit_scale)
 
 
 def _at(experts: ExpertGraphMLP, k: int) -> Callable[[Tensor], Tensor]:

@@ -25,6 +25,7 @@ from samv2.models.bootstrap import (
 )
 from samv2.models.convert_layer import Surveyed
 from samv2.models.expert_model import ExpertDecoderLayer, ExpertModel
+from samv2.models.logit_scale import split_calibration
 from tests.helpers import (
     assert_close,
     convert,
@@ -226,7 +227,7 @@ def test_calibration_sees_what_the_model_sees(
             lambda _, args, index=index: inputs.__setitem__(index, args[0])
         )
     with torch.no_grad():
-        llama(tiny_calibration)
+        llama(split_calibration(tiny_calibration)[0])
     expected = [inputs[index].flatten(0, 1) for index in range(3)]
     seen: dict[int, Tensor] = {}
     survey_layer = bootstrapping.survey_layer
@@ -318,7 +319,7 @@ def test_reported_errors_are_those_of_the_models_streams(
             layer.register_forward_hook(lambda _, args, output: seen.append(output))
             for layer in model.model.layers
         ]
-        model(tiny_calibration, **options)
+        model(split_calibration(tiny_calibration)[0], **options)
         for hook in hooks:
             hook.remove()
         return seen

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from samv2.experts.calibration import RIDGE
 from samv2.experts.moe_layers import ExpertGraphMLP, WalkOptions
-from samv2.experts.repair import RepairStatistics
+from samv2.experts.repair import Repair, RepairFit, RepairStatistics
 from samv2.models import convert_layer
 from samv2.models.bootstrap import initial_config
 from samv2.models.convert_layer import (
@@ -143,9 +143,11 @@ def test_fewer_projections_see_about_the_same(
         assert found.at(k) == pytest.approx(again.at(k), rel=0.4)
 
 
-def weights_of(dense_BSD: Tensor) -> Tensor:
-    weight_BS = dense_BSD.square().sum(dim=2).reciprocal()
-    return weight_BS / weight_BS.mean()
+def fitted(
+    layer: ExpertGraphMLP, k: int, *streams: Tensor, rank: int
+) -> tuple[Repair, RepairFit]:
+    fit, _ = fit_repair(layer, k, *streams, rank=rank)
+    return layer.repair(k), fit
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -159,7 +161,7 @@ def test_a_repair_is_fitted_to_the_dense_stream(
     dense_BSD = after_BSD + mlp(x_BSD)
     x_BSD = x_BSD + 0.1 * randn(*x_BSD.shape, seed=1)
     after_BSD = after_BSD + 0.1 * randn(*x_BSD.shape, seed=2)
-    repair, fit = fit_repair(layer, k, x_BSD, after_BSD, dense_BSD, rank=4)
+    repair, fit = fitted(layer, k, x_BSD, after_BSD, dense_BSD, rank=4)
     statistics = RepairStatistics(128, 64)
     for fold in (0, 1):
         x_ND = x_BSD[fold::2].flatten(0, 1)
@@ -173,7 +175,8 @@ def test_a_repair_is_fitted_to_the_dense_stream(
         made_ND = after_BSD[fold::2].flatten(0, 1)
         made_ND = made_ND + hidden_NM @ layer.down_EFD.flatten(0, 1)
         residual_ND = dense_BSD[fold::2].flatten(0, 1) - made_ND
-        weight_N = weights_of(dense_BSD)[fold::2].flatten()
+        size_N = dense_BSD[fold::2].flatten(0, 1).norm(dim=1)
+        weight_N = 1 / (size_N * residual_ND.norm(dim=1))
         statistics.add(hidden_NM, x_ND, residual_ND, weight_N, fold=fold)
     expected = statistics.solve(4)
     assert fit.ridges == expected.ridges
@@ -185,6 +188,22 @@ def test_a_repair_is_fitted_to_the_dense_stream(
     assert_close("b", repair.bias_D, expected.bias_D, "logits")
 
 
+@pytest.mark.parametrize("k", [2, 4, 7])
+def test_the_stream_goes_through_the_repaired_layer(
+    middle: Middle, config: ExpertModelConfig, k: int
+) -> None:
+    """Sequences that were not fitted to as well."""
+    mlp, x_BSD, after_BSD = middle
+    layer = layer_of(middle, config)
+    dense_BSD = after_BSD + mlp(x_BSD)
+    _, stream_BSD = fit_repair(layer, k, x_BSD, after_BSD, dense_BSD[:12], rank=4)
+    expected_BSD = after_BSD + output_of(layer, x_BSD, k)
+    assert_close("stream", stream_BSD, expected_BSD, "logits")
+    other = layer_of(middle, config)
+    fit_repair(other, k, x_BSD[:12], after_BSD[:12], dense_BSD[:12], rank=4)
+    assert torch.equal(layer.repair(k).down_EFD, other.repair(k).down_EFD)
+
+
 @pytest.mark.parametrize("k", [2, 4])
 def test_a_repaired_layer_is_closer_to_the_dense_stream(
     middle: Middle, config: ExpertModelConfig, k: int
@@ -194,19 +213,21 @@ def test_a_repaired_layer_is_closer_to_the_dense_stream(
     layer = layer_of(middle, config)
     dense_BSD = after_BSD + mlp(x_BSD)
 
-    def error() -> float:
-        gap_BSD = (after_BSD + output_of(layer, x_BSD, k) - dense_BSD)[12:]
-        return float((weights_of(dense_BSD)[12:] * gap_BSD.square().sum(2)).mean())
+    def gap() -> Tensor:
+        return (after_BSD + output_of(layer, x_BSD, k) - dense_BSD)[12:].norm(dim=2)
 
-    before = error()
+    def error(gap_BS: Tensor) -> float:
+        weight_BS = 1 / (dense_BSD[12:].norm(dim=2) * bare_BS)
+        return float((weight_BS * gap_BS.square()).mean())
+
+    with_surrogates_BS = gap()
     layer.surrogate_shared_QD = None
-    bare = error()
-    repair, fit = fit_repair(
-        layer, k, x_BSD[:12], after_BSD[:12], dense_BSD[:12], rank=4
-    )
-    layer.add_repair(k, repair)
-    assert error() < before < bare
-    assert error() / bare == pytest.approx(fit.left, rel=0.3)
+    bare_BS = gap()
+    before, bare = error(with_surrogates_BS), error(bare_BS)
+    _, fit = fitted(layer, k, x_BSD[:12], after_BSD[:12], dense_BSD[:12], rank=4)
+    after = error(gap())
+    assert after < before < bare
+    assert after / bare == pytest.approx(fit.left, rel=0.3)
 
 
 def test_a_layer_that_visits_all_experts_gets_no_stand_in(
@@ -215,11 +236,10 @@ def test_a_layer_that_visits_all_experts_gets_no_stand_in(
     mlp, x_BSD, after_BSD = middle
     layer = layer_of(middle, config, {4: EXPERTS})
     dense_BSD = after_BSD + mlp(x_BSD)
-    repair, _ = fit_repair(layer, 4, x_BSD, after_BSD, dense_BSD, rank=4)
+    repair, _ = fitted(layer, 4, x_BSD, after_BSD, dense_BSD, rank=4)
     assert repair.in_QD.shape == repair.out_QD.shape == (0, 64)
     # Nothing is lost, so nothing is changed.
     assert_close("D", repair.down_EFD, layer.down_EFD, "logits")
-    layer.add_repair(4, repair)
     assert_close("y", output_of(layer, x_BSD, 4), mlp(x_BSD), "logits")
 
 
@@ -231,10 +251,9 @@ def test_one_sequence_is_fitted_and_judged_by_itself(
     )
     layer = layer_of(middle, config)
     dense_BSD = after_BSD + mlp(x_BSD)
-    repair, fit = fit_repair(layer, 4, x_BSD, after_BSD, dense_BSD, rank=2)
-    assert all(bool(value.isfinite().all()) for value in vars(repair).values())
     before = output_of(layer, x_BSD, 4)
-    layer.add_repair(4, repair)
+    repair, fit = fitted(layer, 4, x_BSD, after_BSD, dense_BSD, rank=2)
+    assert all(bool(value.isfinite().all()) for value in vars(repair).values())
     target_BSD = mlp(x_BSD)
     after = float((output_of(layer, x_BSD, 4) - target_BSD).norm())
     assert after < 0.5 * float((before - target_BSD).norm()) and 0 <= fit.left < 0.5
@@ -245,14 +264,12 @@ def test_bfloat16_layers_get_bfloat16_repairs(
 ) -> None:
     mlp, x_BSD, after_BSD = middle
     dense_BSD = after_BSD + mlp(x_BSD)
-    exact, _ = fit_repair(
-        layer_of(middle, config), 4, x_BSD, after_BSD, dense_BSD, rank=4
-    )
+    exact, _ = fitted(layer_of(middle, config), 4, x_BSD, after_BSD, dense_BSD, rank=4)
     half = layer_of(middle, config)
     for name in ("gate_EFD", "up_EFD", "down_EFD"):
         setattr(half, name, getattr(half, name).bfloat16())
     streams = (part.bfloat16() for part in (x_BSD, after_BSD, dense_BSD))
-    repair, _ = fit_repair(half, 4, *streams, rank=4)
+    repair, _ = fitted(half, 4, *streams, rank=4)
     for name in ("down_EFD", "in_QD", "out_QD"):
         assert getattr(repair, name).dtype == torch.bfloat16, name
     assert repair.bias_D.dtype == torch.float32

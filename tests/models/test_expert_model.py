@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -372,6 +373,12 @@ def test_the_config_round_trips_through_json() -> None:
     for visits in ([[1, 3]], [[1, 3], [5]], [[1, 3], [5, 3], [1, 1]]):
         with pytest.raises(ModelError, match=r"has visits for .* needs \[2, 2\]"):
             ExpertModelConfig.from_json(repaired.to_json() | {"visits": visits})
+    scaled = replace(repaired, logit_scales=(0.5, 0.9))
+    assert ExpertModelConfig.from_json(scaled.to_json()) == scaled
+    assert (scaled.logit_scale(4), scaled.logit_scale(8)) == (0.9, 1.0)
+    for scales in ([0.5], [0.5, 0.0], [0.5, -1.0], [0.5, math.inf], [0.5, "1"]):
+        with pytest.raises(ModelError, match=r"logit_scales .* each of the K \[2, 4\]"):
+            ExpertModelConfig.from_json(scaled.to_json() | {"logit_scales": scales})
     for key in ("layers", "num_experts", "repaired", "visits"):
         values = config.to_json()
         del values[key]

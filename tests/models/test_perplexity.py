@@ -14,6 +14,7 @@ from samv2.models import perplexity
 from samv2.models.expert_model import ExpertModel
 from samv2.models.perplexity import (
     Score,
+    last_states,
     next_token_loss,
     score_hidden,
     score_windows,
@@ -117,3 +118,11 @@ def test_scores_add_up() -> None:
 )
 def test_perplexity_without_a_value_is_infinite(nll: float, tokens: int) -> None:
     assert Score(nll=nll, tokens=tokens).perplexity == math.inf
+
+
+def test_last_states_times_the_head_are_the_logits(
+    tiny_llama: LlamaForCausalLM, tiny_batch: Tensor
+) -> None:
+    found = last_states(tiny_llama, tiny_batch) @ tiny_llama.lm_head.weight.T
+    with torch.no_grad():
+        assert_close("logits", found.detach(), tiny_llama(tiny_batch).logits, "logits")

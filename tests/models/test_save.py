@@ -244,8 +244,11 @@ MLP = "model.layers.1.mlp."
             )
             for part in ("down_EFD", "in_QD", "out_QD", "bias_D")
         ),
-        (edit_config(repaired=[2, 4]), "lack model.layers.0.mlp.repair_2_down_EFD"),
-        (edit_config(repaired=[]), "unexpected .*repair_4"),
+        (
+            edit_config(repaired=[2, 4], logit_scales=[]),
+            "lack model.layers.0.mlp.repair_2_down_EFD",
+        ),
+        (edit_config(repaired=[], logit_scales=[]), "unexpected .*repair_4"),
         (edit_config(repaired=[8]), "a repair for K = 8|lack .*repair_8"),
         (edit_config(visits=[[4, 4]]), r"visits for \[2\] layers.* needs \[3\]"),
         (edit_config(visits=[[4, 9, 4]]), "experts_per_token is 9"),
