@@ -181,7 +181,8 @@ class ExpertGraphMLP(FrozenBlocks):
     def applied_adapters(self) -> ExpertAdapters | None:
         """The adapters, or None where they add nothing and nobody asks for gradients."""
         rows = (self.adapter_gate_EFR, self.adapter_up_EFR, self.adapter_down_ERF)
-        if torch.is_grad_enabled() or any(bool(part.any()) for part in rows):
+        learning = torch.is_grad_enabled() and any(part.requires_grad for part in rows)
+        if learning or any(bool(part.any()) for part in rows):
             return self.adapters
         return None
 
