@@ -44,6 +44,8 @@ from samv2_kernels.reference import choose_topk
 
 GROUPING_PAYS_BELOW = 0.125
 """On a CPU, grouping beats the masked dense FFN below this share of visited experts."""
+GROUPED_ROWS = 64
+"""And only if experts have so many rows: narrower ones are one small product each."""
 
 Recorder = Callable[[int, Walk], None]
 """Called with the layer's index and its walk on every forward pass."""
@@ -320,7 +322,8 @@ class ExpertGraphMLP(FrozenBlocks):
 
     def _groups(self, k: int) -> bool:
         """Whether K visits run grouped by expert rather than as one masked FFN."""
-        return self.chains or k < GROUPING_PAYS_BELOW * self.num_experts
+        wide = self.shape[1] >= GROUPED_ROWS
+        return self.chains or (wide and k < GROUPING_PAYS_BELOW * self.num_experts)
 
     def _weigh(self, scores_TE: Tensor, walked: Visits) -> Tensor:
         """Combine weights of the visited experts, (T, E) float32."""

@@ -64,6 +64,12 @@ def make_layer(*, surrogates: bool = True, **changes: Any) -> ExpertGraphMLP:
     return ExpertGraphMLP(**(values | changes))
 
 
+def group_below(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group below this share of visited experts, however narrow they are."""
+    monkeypatch.setattr(moe_layers, "GROUPING_PAYS_BELOW", share)
+    monkeypatch.setattr(moe_layers, "GROUPED_ROWS", 1)
+
+
 def fill_parameters(layer: ExpertGraphMLP, *names: str) -> None:
     for seed, name in enumerate(names):
         parameter = getattr(layer, name)
@@ -160,7 +166,7 @@ def test_grouped_and_masked_dense_layers_agree(
     mask = torch.eye(EXPERTS, dtype=torch.bool)
     mask[3, 3], mask[2, 3] = False, True
     for below in (0.0, 2.0):
-        monkeypatch.setattr("samv2.experts.moe_layers.GROUPING_PAYS_BELOW", below)
+        group_below(below, monkeypatch)
         layer = make_layer(edge_mask_EE=mask, experts_per_token=k)
         fill_parameters(
             layer, "mix_E", "adapter_gate_EFR", "adapter_up_EFR", "adapter_down_ERF"
@@ -446,7 +452,7 @@ def test_a_repaired_layer_is_its_formula(
 ) -> None:
     """Whichever way the visits run, and whether or not their order is looked at."""
     below = {"masked": 0.0, "grouped": 2.0, "chains": 0.0}[how]
-    monkeypatch.setattr("samv2.experts.moe_layers.GROUPING_PAYS_BELOW", below)
+    group_below(below, monkeypatch)
     layer, repair = make_layer(chains=how == "chains"), make_repair(rank=rank)
     layer.add_repair(3, repair)
     fill_parameters(layer, "mix_E", "edge_strength_EE", *ADAPTERS)
@@ -517,7 +523,7 @@ def test_gradients_pass_a_repaired_layer(
 ) -> None:
     """Those of the formula, from plain loops; the repair itself is frozen."""
     below = {"masked": 0.0, "grouped": 2.0, "chains": 0.0}[how]
-    monkeypatch.setattr("samv2.experts.moe_layers.GROUPING_PAYS_BELOW", below)
+    group_below(below, monkeypatch)
     layer, repair = make_layer(chains=how == "chains"), make_repair()
     layer.add_repair(3, repair)
     fill_parameters(layer, "mix_E", "edge_strength_EE", *ADAPTERS)
@@ -541,7 +547,7 @@ def test_the_gate_of_a_repaired_layer_learns_what_a_visit_adds(
     below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """d y / d g_e = sigmoid'(g_e - threshold) h_e D_e of visited experts."""
-    monkeypatch.setattr("samv2.experts.moe_layers.GROUPING_PAYS_BELOW", below)
+    group_below(below, monkeypatch)
     layer, repair = make_layer(num_shared=0), make_repair()
     layer.add_repair(3, repair)
     probe = randn(2 * 7, WIDTH, seed=90)
@@ -562,7 +568,7 @@ def test_inputs_of_a_repaired_layer_get_the_gradient_of_its_formula(
 ) -> None:
     """With scores that do not depend on them, so that visits are the same for all."""
     below = {"masked": 0.0, "grouped": 2.0, "chains": 0.0}[how]
-    monkeypatch.setattr("samv2.experts.moe_layers.GROUPING_PAYS_BELOW", below)
+    group_below(below, monkeypatch)
     layer, repair = make_layer(chains=how == "chains"), make_repair()
     layer.add_repair(3, repair)
     fill_parameters(layer, "mix_E", "edge_strength_EE", *ADAPTERS)
@@ -662,6 +668,32 @@ def test_the_order_of_visits_is_found_only_where_it_is_looked_at(
     recorded = run(layer, X)[0]
     assert torch.equal(plain, recorded)
     make_layer(chains=True)(X)
-    monkeypatch.setattr(moe_layers, "GROUPING_PAYS_BELOW", 2.0)
+    group_below(2.0, monkeypatch)
     layer(X)
     assert calls == ["visit", "walk", "walk", "walk"]
+
+
+@pytest.mark.parametrize(
+    "width, visits, chains, grouped",
+    [
+        (64, 1, False, True),
+        (64, 2, False, False),
+        (63, 1, False, False),
+        (4, 1, False, False),
+        (4, 4, True, True),
+    ],
+)
+def test_few_visits_of_wide_experts_are_grouped(
+    width: int, visits: int, chains: bool, grouped: bool
+) -> None:
+    blocks = (randn(16, width, 8, seed=seed) for seed in range(3))
+    weights = ExpertWeights(**dict(zip(("gate_EFD", "up_EFD", "down_EFD"), blocks)))
+    layer = make_layer(
+        weights=weights,
+        gate=Gate(weight_ED=randn(16, 8, seed=4), bias_E=torch.zeros(16)),
+        surrogates=False,
+        edge_mask_EE=torch.eye(16, dtype=torch.bool),
+        order_E=torch.arange(16),
+        chains=chains,
+    )
+    assert layer._groups(visits) == grouped
