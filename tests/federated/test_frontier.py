@@ -105,7 +105,7 @@ def test_the_shipped_frontier_config_fits_smollm2() -> None:
     layers = check_convertible(config, settings)
     assert layers == tuple(range(1, 30))
     made = initial_config(layers, settings)
-    assert made.repaired == (8, 16, 31) and made.num_experts == 64
+    assert made.repaired == (14, 30, 61) and made.num_experts == 128
     needed = settings.experts.calibration_tokens / len(settings.data.domains)
     assert settings.data.calibration_bytes > 4 * needed
 

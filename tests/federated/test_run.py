@@ -32,7 +32,7 @@ from tests.federated.runs import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LEARNING = ("train.learning_rate=5e-3", "train.local_steps=8")
+LEARNING = ("train.learning_rate=3e-3", "train.local_steps=8")
 
 
 def run(settings: Settings, root: Path, **flags: bool) -> dict[str, Any]:
