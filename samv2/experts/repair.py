@@ -18,9 +18,9 @@ of x have rank Q:
 (reduced-rank regression with partialled-out regressors: Izenman 1975; Anderson 1951).
 With the Cholesky factor L of the regularised Gram matrix of z and T = L^-1 z'r, the rows
 of T that belong to x are projected on their Q leading right singular vectors; back
-substitution then gives the optimum. Token weights w_t are the caller's: a few tokens
-carry norms above 1e4, and must not rule. lambda_h and lambda_x are chosen by validation: fitted to one half
-of the sequences, judged on the other.
+substitution then gives the optimum. Token weights w_t are the caller's: a few
+tokens carry norms above 1e4, and must not rule. lambda_h and lambda_x are chosen by
+validation: fitted to one half of the sequences, judged on the other.
 
 Shapes: N tokens, M FFN rows, D model width, E experts, F = M / E, Q rank, Z = M + D.
 """

@@ -30,12 +30,7 @@ from samv2.experts.calibration import (
 from samv2.experts.emoe_cluster import ClusterStats, cluster_layer
 from samv2.experts.graph import initial_graph
 from samv2.experts.moe_layers import ExpertGraphMLP, FrozenFactors
-from samv2.experts.repair import (
-    START,
-    Repair,
-    RepairFit,
-    RepairStatistics,
-)
+from samv2.experts.repair import START, Repair, RepairFit, RepairStatistics
 from samv2.models.adapters import make_factors
 from samv2.models.expert_model import ExpertModelConfig
 from samv2.models.text_stream import SEQUENCES_AT_ONCE
