@@ -5,8 +5,9 @@ projections, linear stand-ins, biases) and, common to all K, the gates; K = E vi
 experts with untouched weights and stays lossless. The loss is
 KL(dense || converted) of the next-token distributions (Hinton et al. 2015) on the
 calibration text; K takes turns from step to step. AdamW with warm-up and cosine decay;
-weights are trained in float32 and rounded back at the end. A few sequences are kept from
-training; if the loss on them did not fall, everything is put back as it was.
+weights are trained in float32 and rounded back at the end. It is judged by the
+sequences that the repairs did not see either (`reserved_rows`): if the loss on them did
+not fall, everything is put back as it was.
 
 Shapes: B sequences, S positions, N rows, D model width, V vocabulary.
 """
@@ -28,12 +29,12 @@ from samv2.common.settings import DistillSettings
 from samv2.experts.moe_layers import ExpertGraphMLP, WalkOptions
 from samv2.experts.repair import Repair, repair_name
 from samv2.models.expert_model import ExpertModel
+from samv2.models.logit_scale import reserved_rows
 from samv2.models.perplexity import ROWS_PER_CHUNK, last_states
 
 GATE_SHARE = 4.0
 """Relative to their size, gates learn so much faster than repairs. Their size depends on
 what they were fitted to: logarithms of norms have far smaller gates than norms."""
-JUDGED_SEQUENCES = 8
 WARM_UP, LAST_RATE = 0.05, 0.05
 CLIP_NORM = 1.0
 
@@ -81,10 +82,8 @@ def distill(
             "the gradient stage trains repairs, and the model has none; bootstrap with "
             "experts.repair = true and a K below E"
         )
-    judged = min(JUDGED_SEQUENCES, max(1, len(calibration_BS) // 8))
-    order = torch.linspace(0, len(calibration_BS) - 1, judged).long()
-    learnt = torch.ones(len(calibration_BS), dtype=torch.bool)
-    learnt[order] = False
+    reserved_B = reserved_rows(len(calibration_BS))
+    judged, learnt = reserved_B.nonzero().squeeze(1), (~reserved_B).nonzero().squeeze(1)
     if len(calibration_BS) < 2:
         raise ModelError(
             "the gradient stage got one calibration sequence; it needs at least two, one "
@@ -96,10 +95,10 @@ def distill(
 
     def judge() -> dict[int, float]:
         with torch.no_grad():
-            return {k: float(lesson.loss(order, k)) for k in ks}
+            return {k: float(lesson.loss(judged, k)) for k in ks}
 
     before, saved = judge(), _copy(model)
-    losses = _train(lesson, learnt.nonzero().squeeze(1), settings, seed, progress)
+    losses = _train(lesson, learnt, settings, seed, progress)
     after = judge()
     kept = sum(after.values()) < sum(before.values())
     if not kept:

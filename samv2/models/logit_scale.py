@@ -27,22 +27,29 @@ LOWEST, HIGHEST = 0.2, 2.0
 PASSES, CLOSE = 12, 1e-4
 
 
-def split_calibration(calibration_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Calibration text for the repairs, and what is reserved to judge them by.
+def reserved_rows(total: int) -> Tensor:
+    """(B,) bool: which of `total` calibration sequences no repair may see.
 
-    Args:
-        calibration_BS: (B, S), in any order of domains; evenly spaced sequences are
-            reserved. With fewer than two there is nothing to reserve.
-
-    Returns:
-        (B - B', S) and (B', S), B' = max(1, B // 16).
+    Evenly spaced, max(1, B // 16) of them; with fewer than two sequences, none.
     """
-    total = len(calibration_BS)
     reserved_B = torch.zeros(total, dtype=torch.bool)
     if total > 1:
         count = max(1, total // RESERVED_EVERY)
         middle = (torch.arange(count) * 2 + 1) * total // (2 * count)
         reserved_B[middle] = True
+    return reserved_B
+
+
+def split_calibration(calibration_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Calibration text for the repairs, and what is reserved to judge them by.
+
+    Args:
+        calibration_BS: (B, S), in any order of domains.
+
+    Returns:
+        (B - B', S) and (B', S), by `reserved_rows`.
+    """
+    reserved_B = reserved_rows(len(calibration_BS))
     return calibration_BS[~reserved_B], calibration_BS[reserved_B]
 
 

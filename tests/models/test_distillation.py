@@ -16,6 +16,7 @@ from samv2.models import distillation
 from samv2.models.distillation import distill
 from samv2.models.distilled_folder import distill_folder
 from samv2.models.expert_model import ExpertModel
+from samv2.models.logit_scale import split_calibration
 from samv2.models.perplexity import score_windows
 from samv2.models.save import load_expert_model, save_expert_model
 from tests.helpers import assert_close, convert, tiny_settings
@@ -27,6 +28,18 @@ LEARN = DistillSettings(steps=40, batch_size=4, learning_rate=5e-5)
 def make(folder: Path, calibration_BS: Tensor, *overrides: str) -> ExpertModel:
     llama = LlamaForCausalLM.from_pretrained(folder)
     return convert(llama, calibration_BS, [*KS, *overrides]).model
+
+
+@pytest.fixture
+def lesson_BS(tiny_tokens: Tensor) -> Tensor:
+    """(64, 64) tokens to learn from; `under_fitted` repairs saw few of them."""
+    return tiny_tokens[: 64 * 64].view(64, 64)
+
+
+@pytest.fixture
+def under_fitted(tiny_llama_folder: Path, lesson_BS: Tensor) -> ExpertModel:
+    """Repaired on so little text that there is something left to learn."""
+    return make(tiny_llama_folder, lesson_BS[::16])
 
 
 @torch.no_grad()
@@ -43,13 +56,14 @@ def divergence(model: ExpertModel, teacher: LlamaForCausalLM, ids: Tensor, k: in
 
 
 def test_what_is_learnt_carries_over_to_other_text(
-    tiny_llama_folder: Path, tiny_llama: LlamaForCausalLM, tiny_tokens: Tensor
+    under_fitted: ExpertModel,
+    tiny_llama: LlamaForCausalLM,
+    lesson_BS: Tensor,
+    tiny_tokens: Tensor,
 ) -> None:
-    text_BS, heldout = tiny_tokens[: 64 * 64].view(64, 64), tiny_tokens[-6400:]
-    model = make(tiny_llama_folder, text_BS[::16])
-    other = heldout.view(100, 64)
+    model, other = under_fitted, tiny_tokens[-6400:].view(100, 64)
     before = {k: divergence(model, tiny_llama, other, k) for k in (1, 2)}
-    found = distill(model, tiny_llama, text_BS, LEARN)
+    found = distill(model, tiny_llama, lesson_BS, LEARN)
     after = {k: divergence(model, tiny_llama, other, k) for k in (1, 2)}
     assert found.kept
     for k in (1, 2):
@@ -58,28 +72,26 @@ def test_what_is_learnt_carries_over_to_other_text(
 
 
 def test_every_expert_visited_stays_lossless(
-    tiny_llama_folder: Path,
+    under_fitted: ExpertModel,
     tiny_llama: LlamaForCausalLM,
-    tiny_calibration: Tensor,
+    lesson_BS: Tensor,
     tiny_batch: Tensor,
 ) -> None:
-    model = make(tiny_llama_folder, tiny_calibration)
-    before = logits(model, tiny_batch, 8)
-    assert distill(model, tiny_llama, tiny_calibration, LEARN).kept
-    after = logits(model, tiny_batch, 8)
+    before = logits(under_fitted, tiny_batch, 8)
+    assert distill(under_fitted, tiny_llama, lesson_BS, LEARN).kept
+    after = logits(under_fitted, tiny_batch, 8)
     assert_close("K = E", after, before, "logits")
     with torch.no_grad():
         assert_close("dense", after, tiny_llama(tiny_batch).logits, "logits")
 
 
-def test_the_judged_loss_is_the_divergence(
-    tiny_llama_folder: Path, tiny_llama: LlamaForCausalLM, tiny_calibration: Tensor
+def test_it_is_judged_by_the_divergence_on_text_that_no_repair_saw(
+    under_fitted: ExpertModel, tiny_llama: LlamaForCausalLM, lesson_BS: Tensor
 ) -> None:
-    model = make(tiny_llama_folder, tiny_calibration)
-    order = torch.linspace(0, 15, 2).long()
-    expected = divergence(model, tiny_llama, tiny_calibration[order], 2)
+    _, reserved_BS = split_calibration(lesson_BS)
+    expected = divergence(under_fitted, tiny_llama, reserved_BS, 2)
     found = distill(
-        model, tiny_llama, tiny_calibration, DistillSettings(steps=1, batch_size=2)
+        under_fitted, tiny_llama, lesson_BS, DistillSettings(steps=1, batch_size=2)
     )
     assert found.before[2] == pytest.approx(expected, rel=1e-3)
 
@@ -169,18 +181,18 @@ def test_a_single_sequence_is_refused(
 
 
 def test_a_folder_is_replaced_by_what_it_learnt(
+    under_fitted: ExpertModel,
     tiny_llama_folder: Path,
-    tiny_calibration: Tensor,
+    lesson_BS: Tensor,
     tiny_batch: Tensor,
     tmp_path,
     tiny_tokenizer,
 ) -> None:
-    model = make(tiny_llama_folder, tiny_calibration)
-    folder = tmp_path / "experts"
+    model, folder = under_fitted, tmp_path / "experts"
     save_expert_model(model, tiny_tokenizer, folder)
     settings = tiny_settings("distill.steps=40", "distill.learning_rate=5e-5")
     found, scores = distill_folder(
-        folder, tiny_llama_folder, tiny_calibration, {"held": tiny_batch}, settings
+        folder, tiny_llama_folder, lesson_BS, {"held": tiny_batch}, settings
     )
     assert found.kept and sorted(scores) == [1, 2]
     loaded, _ = load_expert_model(folder)
