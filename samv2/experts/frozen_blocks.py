@@ -16,16 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from samv2.common.errors import ModelError
-from samv2.experts.nf4 import (
-    Nf4Experts,
-    check_packed,
-    dequantise,
-    packed_name,
-    quantise,
-    saved_packed,
-)
+from samv2.experts.nf4 import check_packed, packed_name, saved_packed
 from samv2.experts.repair import Repair, repair_name
 from samv2_kernels import ExpertWeights, Surrogates
+from samv2_kernels.nf4 import Nf4Experts, dequantise, quantise
 
 GATE, UP, DOWN = "gate_EFD", "up_EFD", "down_EFD"
 

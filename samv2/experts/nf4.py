@@ -1,11 +1,6 @@
-"""NF4, the 4-bit format of bitsandbytes, applied to each expert by itself.
+"""What a converted layer does with NF4 experts: names, checks, and what autograd keeps.
 
-The F D weights of an expert, row after row, are cut into blocks of 64; the last one may
-be shorter. A block is its largest magnitude (float32) and a code for each weight, which
-names the nearest of 16 levels of that magnitude; two codes share a byte, the first one
-in its high half (QLoRA, arXiv 2305.14314). Blocks end where their expert ends: a row of
-both tensors is what bitsandbytes makes of that expert alone, and some experts are some
-rows.
+The format itself is :mod:`samv2_kernels.nf4`.
 
 Shapes: E experts, F rows an expert, D model width, N = ceil(F D / 64) blocks and
 H = ceil(F D / 2) bytes an expert.
@@ -13,82 +8,16 @@ H = ceil(F D / 2) bytes an expert.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import pad
 
 from samv2.common.errors import ModelError
-
-BLOCK = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nf4Experts:
-    """The packed weights of E experts."""
-
-    codes_EH: Tensor
-    """(E, H) uint8, two codes a byte."""
-    absmax_EN: Tensor
-    """(E, N) float32, the largest magnitude of every block."""
-    shape: tuple[int, int, int]
-    """(E, F, D) of what is packed."""
-
-    def experts(self, first: int, stop: int) -> Nf4Experts:
-        """Experts ``first`` to ``stop - 1``, sharing memory."""
-        return Nf4Experts(
-            codes_EH=self.codes_EH[first:stop],
-            absmax_EN=self.absmax_EN[first:stop],
-            shape=(stop - first, *self.shape[1:]),
-        )
-
-
-@torch.no_grad()
-def quantise(weights_EFD: Tensor) -> Nf4Experts:
-    """Pack experts, each by itself.
-
-    Args:
-        weights_EFD: (E, F, D) float32, float16 or bfloat16.
-    """
-    flat_EP = _padded(weights_EFD.flatten(1), BLOCK)
-    codes, state = _functional().quantize_4bit(
-        flat_EP.contiguous(), blocksize=BLOCK, quant_type="nf4"
-    )
-    num_experts, weights = len(weights_EFD), prod(weights_EFD.shape[1:])
-    codes_EP = codes.view(num_experts, -1)
-    return Nf4Experts(
-        codes_EH=codes_EP[:, : -(-weights // 2)].contiguous(),
-        absmax_EN=state.absmax.view(num_experts, -1),
-        shape=tuple(weights_EFD.shape),
-    )
-
-
-@torch.no_grad()
-def dequantise(packed: Nf4Experts, dtype: torch.dtype) -> Tensor:
-    """The weights that packed experts stand for, (E, F, D), contiguous.
-
-    Args:
-        packed: of any number of experts.
-        dtype: float32, float16 or bfloat16; products are rounded to it once.
-    """
-    functional = _functional()
-    codes_EP = _padded(packed.codes_EH, BLOCK // 2)
-    state = functional.QuantState(
-        absmax=packed.absmax_EN.float().flatten(),
-        shape=torch.Size((len(codes_EP), 2 * codes_EP.shape[1])),
-        dtype=dtype,
-        blocksize=BLOCK,
-        quant_type="nf4",
-    )
-    # As one column: bitsandbytes transposes what it is given as one row.
-    flat_EP = functional.dequantize_4bit(codes_EP.reshape(-1, 1), state)
-    return flat_EP[:, : prod(packed.shape[1:])].reshape(packed.shape).contiguous()
+from samv2_kernels.nf4 import BLOCK, Nf4Experts, dequantise
 
 
 def check_packed(name: str, packed: Nf4Experts) -> None:
@@ -167,18 +96,3 @@ class _View:
         first, last = self.offset // weights, (self.offset + reach) // weights
         some = dequantise(self.packed.experts(first, last + 1), self.dtype)
         return some.as_strided(self.shape, self.stride, self.offset - first * weights)
-
-
-def _padded(rows_EX: Tensor, multiple: int) -> Tensor:
-    """Zeros behind every row, up to the next multiple of a length."""
-    missing = -rows_EX.shape[1] % multiple
-    return pad(rows_EX, (0, missing)) if missing else rows_EX
-
-
-def _functional() -> ModuleType:
-    """bitsandbytes' functions; imported here, as that takes seconds that few need."""
-    # It warns of an optional package whose fused product is not used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    import bitsandbytes.functional
-
-    return bitsandbytes.functional

@@ -32,7 +32,7 @@ from samv2.common.files import replace_folder
 from samv2.experts.calibration import Gate
 from samv2.experts.frozen_blocks import DOWN, GATE, UP
 from samv2.experts.moe_layers import ExpertGraphMLP
-from samv2.experts.nf4 import Nf4Experts, packed_name
+from samv2.experts.nf4 import packed_name
 from samv2.experts.repair import Repair, repair_name
 from samv2.models.assembler import Assembler
 from samv2.models.bootstrap import make_assembler
@@ -44,6 +44,7 @@ from samv2.models.expert_model import (
 )
 from samv2.models.model_files import read_tokenizer
 from samv2_kernels import ExpertWeights, Surrogates
+from samv2_kernels.nf4 import Nf4Experts
 
 CONFIG_KEY = "samv2"
 CONFIG_FILE = "expert_config.json"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from samv2.common.errors import ModelError
 from samv2.experts.moe_layers import ExpertGraphMLP, WalkOptions
-from samv2.experts.nf4 import BLOCK, dequantise, quantise
+from samv2_kernels.nf4 import BLOCK, dequantise, quantise
 from tests.experts.test_moe_layers import (
     EXPERTS,
     ROWS,

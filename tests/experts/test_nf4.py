@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 
 from samv2.common.errors import ModelError
-from samv2.experts.nf4 import (
-    BLOCK,
-    Nf4Experts,
-    check_packed,
-    dequantise,
-    quantise,
-    saved_packed,
-)
+from samv2.experts.nf4 import check_packed, saved_packed
+from samv2_kernels.nf4 import BLOCK, Nf4Experts, dequantise, quantise
 from tests.helpers import randn
 
 # QLoRA (arXiv 2305.14314), appendix E: quantiles of a normal distribution, zero exact.

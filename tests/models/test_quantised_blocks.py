@@ -15,7 +15,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from samv2.common.errors import ModelError
 from samv2.experts.moe_layers import WalkOptions
-from samv2.experts.nf4 import BLOCK, dequantise, quantise
 from samv2.models import quantised_blocks
 from samv2.models.distilled_folder import distill_folder
 from samv2.models.expert_model import ExpertModel
@@ -27,6 +26,7 @@ from samv2.models.save import (
     load_expert_model,
     save_expert_model,
 )
+from samv2_kernels.nf4 import BLOCK, dequantise, quantise
 from tests.helpers import (
     assert_close,
     convert,
