@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # Before anything imports triton: kernels are run.
+
 from collections.abc import Iterator
 from pathlib import Path
 

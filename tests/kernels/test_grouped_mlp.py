@@ -15,10 +15,10 @@ from samv2_kernels.reference import (
     ExpertWeights,
     Surrogates,
     Walk,
-    dispatch,
     expert_rows,
     grouped_experts,
     masked_dense_experts,
+    rows_by_expert,
     surrogate_sum,
     walk,
 )
@@ -47,7 +47,7 @@ class Problem:
             if group is not None:
                 names = (field.name for field in fields(group))
                 found |= {n: getattr(group, n) for n in names if n != "scale"}
-        return {name: value for name, value in found.items() if value.requires_grad}
+        return {n: v for n, v in found.items() if v is not None and v.requires_grad}
 
     def arguments(self) -> dict[str, Any]:
         return {"adapters": self.adapters, "surrogates": self.surrogates}
@@ -261,7 +261,7 @@ def test_all_tokens_may_visit_one_expert() -> None:
     walked = walk(scores_TE, mask, experts_per_token=1)
     walked = replace(walked, reached_TE=walked.reached_TE.double().requires_grad_())
     problem = replace(problem, walked=walked)
-    assert dispatch(walked, 4).expert_offsets.tolist() == [0, 0, 0, 11, 11]
+    assert rows_by_expert(walked, 4).expert_offsets.tolist() == [0, 0, 0, 11, 11]
     assert_same(problem, grouped(problem))
     assert_same(problem, masked_dense(problem))
 
@@ -355,15 +355,15 @@ def test_rows_of_no_expert_are_no_rows() -> None:
     assert found.shape == (0, 5)
 
 
-def test_dispatch_sorts_by_expert_then_token_then_slot() -> None:
+def test_rows_are_sorted_by_expert_then_token_then_slot() -> None:
     mask = torch.ones(1, 3, 3, dtype=torch.bool).triu()
     scores_TE = torch.tensor([[1.0, 2.0, 0.0], [0.0, 2.0, 1.0]])
     walked = walk(scores_TE, mask, experts_per_token=2)
     assert walked.expert_ids_TK.tolist() == [[1, 0], [1, 2]]
-    rows = dispatch(walked, 3)
+    rows = rows_by_expert(walked, 3)
     assert rows.token_N.tolist() == [0, 0, 1, 1]
     assert rows.slot_N.tolist() == [1, 0, 0, 1]
     assert rows.expert_offsets.tolist() == [0, 1, 3, 4]
-    entries = dispatch(walked, 3, walked.depth_TK == 0)
+    entries = rows_by_expert(walked, 3, walked.depth_TK == 0)
     assert entries.token_N.tolist() == [0, 0, 1]
     assert entries.expert_offsets.tolist() == [0, 1, 3, 3]

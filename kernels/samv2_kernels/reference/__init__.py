@@ -1,14 +1,13 @@
 """Plain-torch twins of every op: the CPU path, and what kernels are checked against."""
 
 from samv2_kernels.reference.grouped_mlp import (
-    Dispatch,
-    ExpertAdapters,
-    ExpertWeights,
-    Surrogates,
-    dispatch,
+    ExpertRows,
     expert_rows,
+    flat_walk,
     grouped_experts,
     masked_dense_experts,
+    rows_by_expert,
+    spread_surrogates,
     surrogate_sum,
 )
 from samv2_kernels.reference.walk import (
@@ -21,22 +20,31 @@ from samv2_kernels.reference.walk import (
     visit,
     walk,
 )
+from samv2_kernels.weights import (
+    ExpertAdapters,
+    ExpertWeights,
+    Nf4Weights,
+    Surrogates,
+)
 
 __all__ = [
-    "Dispatch",
     "ExpertAdapters",
+    "ExpertRows",
     "ExpertWeights",
+    "Nf4Weights",
     "Surrogates",
     "UsageCounts",
     "Visits",
     "Walk",
     "choose_topk",
     "count_usage",
-    "dispatch",
     "expert_rows",
+    "flat_walk",
     "grouped_experts",
     "masked_dense_experts",
     "reach",
+    "rows_by_expert",
+    "spread_surrogates",
     "surrogate_sum",
     "visit",
     "walk",

@@ -23,55 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samv2_kernels.reference.walk import Walk
+from samv2_kernels.reference.walk import NONE, Visits, Walk, visited_ids
+from samv2_kernels.weights import (
+    ExpertAdapters,
+    ExpertWeights,
+    Nf4Weights,
+    Surrogates,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertWeights:
-    """The frozen base blocks of one layer; row e of each tensor is one expert."""
-
-    gate_EFD: Tensor
-    """(E, F, D) rows of the gate projection."""
-    up_EFD: Tensor
-    """(E, F, D) rows of the up projection."""
-    down_EFD: Tensor
-    """(E, F, D) columns of the down projection, transposed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertAdapters:
-    """Row-LoRA: frozen factors common to all experts, trainable rows per expert."""
-
-    shared_gate_RD: Tensor
-    """A_g."""
-    shared_up_RD: Tensor
-    """A_u."""
-    shared_down_DR: Tensor
-    """B_d."""
-    gate_EFR: Tensor
-    """B_g, trainable."""
-    up_EFR: Tensor
-    """B_u, trainable."""
-    down_ERF: Tensor
-    """A_d, trainable."""
-    scale: float
-    """s."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Surrogates:
-    """Linear stand-ins S_e(x) = V_e (U x) + b_e."""
-
-    shared_QD: Tensor
-    """U, common to the layer's experts."""
-    out_EQD: Tensor
-    """V_e, transposed."""
-    bias_ED: Tensor
-    """b_e."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dispatch:
+class ExpertRows:
     """Visits sorted by expert (stable in token, then slot)."""
 
     token_N: Tensor
@@ -82,9 +44,9 @@ class Dispatch:
     """int64, length E + 1, exclusive: expert e owns rows offsets[e]:offsets[e + 1]."""
 
 
-def dispatch(
+def rows_by_expert(
     walked: Walk, num_experts: int, select_TK: Tensor | None = None
-) -> Dispatch:
+) -> ExpertRows:
     """Sort visits by expert.
 
     Args:
@@ -102,7 +64,7 @@ def dispatch(
     expert_N = walked.expert_ids_TK[token_N, slot_N]
     order_N = torch.sort(expert_N, stable=True)[1]
     counts_E = torch.bincount(expert_N, minlength=num_experts)
-    return Dispatch(
+    return ExpertRows(
         token_N=token_N[order_N],
         slot_N=slot_N[order_N],
         expert_offsets=F.pad(counts_E.cumsum(0), (1, 0)),
@@ -139,13 +101,14 @@ def expert_rows(
         if start == stop:
             continue
         rows = slice(start, stop)
-        gate = x_ND[rows] @ weights.gate_EFD[e].T
-        up = x_ND[rows] @ weights.up_EFD[e].T
+        block = e if weights.base_E is None else int(weights.base_E[e])
+        gate = x_ND[rows] @ weights.gate_EFD[block].T
+        up = x_ND[rows] @ weights.up_EFD[block].T
         if adapters is not None:
             gate = gate + low_gate_NR[rows] @ gate_EFR[e].T
             up = up + low_up_NR[rows] @ up_EFR[e].T
         hidden = F.silu(gate) * up
-        outputs.append(hidden @ weights.down_EFD[e])
+        outputs.append(hidden @ weights.down_EFD[block])
         if adapters is not None:
             lows.append(hidden @ down_ERF[e].T)
     if not outputs:
@@ -161,7 +124,7 @@ def grouped_experts(
     x_TD: Tensor,
     walked: Walk,
     combine_TE: Tensor,
-    weights: ExpertWeights,
+    weights: ExpertWeights | Nf4Weights,
     *,
     adapters: ExpertAdapters | None = None,
     surrogates: Surrogates | None = None,
@@ -177,7 +140,7 @@ def grouped_experts(
         x_TD: (T, D) inputs.
         walked: the walk of the T tokens.
         combine_TE: (T, E) weights c of visited experts (others are ignored).
-        weights: base blocks, in the dtype of ``x_TD``.
+        weights: base blocks, in the dtype of ``x_TD``; or NF4, unpacked as a whole.
         adapters: row-LoRA, or None.
         surrogates: stand-ins of the experts that are not visited, or None for zero.
         edge_strength_EE: (E, E) alpha; None means that edges carry no data and all
@@ -187,6 +150,8 @@ def grouped_experts(
         (T, D) in the dtype of ``x_TD``; accumulated in float32 or wider. Of r and c,
         only the entries of visited experts get a gradient.
     """
+    if isinstance(weights, Nf4Weights):
+        weights = weights.unpack(x_TD.dtype)
     if edge_strength_EE is None:
         y_TD = _one_pass(x_TD, walked, combine_TE, weights, adapters)
     else:
@@ -248,7 +213,7 @@ def _one_pass(
     adapters: ExpertAdapters | None,
 ) -> Tensor:
     num_experts = combine_TE.shape[1]
-    rows = dispatch(walked, num_experts)
+    rows = rows_by_expert(walked, num_experts)
     offsets = rows.expert_offsets.tolist()
     y_ND = expert_rows(x_TD[rows.token_N], offsets, weights, adapters)
     expert_N = walked.expert_ids_TK[rows.token_N, rows.slot_N]
@@ -273,7 +238,7 @@ def _by_depth(
     visits_VD = x_TD.new_zeros((num_tokens * slots, x_TD.shape[1]))
     deepest = int(walked.depth_TK.max()) if num_tokens else -1
     for depth in range(deepest + 1):
-        rows = dispatch(walked, num_experts, walked.depth_TK == depth)
+        rows = rows_by_expert(walked, num_experts, walked.depth_TK == depth)
         expert_N = walked.expert_ids_TK[rows.token_N, rows.slot_N]
         input_ND = x_TD[rows.token_N]
         if depth:
@@ -321,6 +286,7 @@ def masked_dense_experts(
     Returns:
         (T, D) in the dtype of ``x_TD``; gradients as of :func:`grouped_experts`.
     """
+    weights = weights.per_expert
     num_experts, width, _ = weights.gate_EFD.shape
     dtype = x_TD.dtype
     gate_TM = x_TD @ weights.gate_EFD.flatten(0, 1).T
@@ -339,10 +305,38 @@ def masked_dense_experts(
         low_TR = hidden_TM @ down_MR * adapters.scale
         y_TD = y_TD + low_TR @ adapters.shared_down_DR.to(dtype).T
     if surrogates is not None:
-        absent_TE = 1 - reached_TE * (reached_TE.detach() > 0.5)
-        absent_TE = absent_TE.to(dtype)
-        low_TQ = x_TD @ surrogates.shared_QD.to(dtype).T
-        spread_TEQ = absent_TE.unsqueeze(2) * low_TQ.unsqueeze(1)
-        y_TD = y_TD + spread_TEQ.flatten(1) @ surrogates.out_EQD.to(dtype).flatten(0, 1)
-        y_TD = y_TD + absent_TE @ surrogates.bias_ED.to(dtype)
+        y_TD = y_TD + spread_surrogates(x_TD, reached_TE, surrogates)
     return y_TD
+
+
+def spread_surrogates(
+    x_TD: Tensor, reached_TE: Tensor, surrogates: Surrogates
+) -> Tensor:
+    """:func:`surrogate_sum` as one product over all experts, in the dtype of x.
+
+    Its cost depends on E and not on what is visited.
+    """
+    dtype = x_TD.dtype
+    absent_TE = 1 - reached_TE * (reached_TE.detach() > 0.5)
+    absent_TE = absent_TE.to(dtype)
+    low_TQ = x_TD @ surrogates.shared_QD.to(dtype).T
+    spread_TEQ = absent_TE.unsqueeze(2) * low_TQ.unsqueeze(1)
+    y_TD = spread_TEQ.flatten(1) @ surrogates.out_EQD.to(dtype).flatten(0, 1)
+    return y_TD + absent_TE @ surrogates.bias_ED.to(dtype)
+
+
+def flat_walk(visits: Visits, slots: int) -> Walk:
+    """Visits as a walk of entries only, by rising index.
+
+    Args:
+        visits: at most ``slots`` experts a token.
+        slots: K of the walk.
+    """
+    ids_TK = visited_ids(visits.visited_TE, slots)
+    return Walk(
+        expert_ids_TK=ids_TK,
+        parent_slot_TK=torch.full_like(ids_TK, NONE),
+        depth_TK=torch.where(ids_TK >= 0, 0, NONE),
+        reached_TE=visits.reached_TE,
+        chosen_TE=visits.chosen_TE,
+    )

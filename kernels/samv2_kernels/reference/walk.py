@@ -16,6 +16,7 @@ Shapes: T tokens, E experts, K visits a token, M masks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,9 +67,19 @@ def choose_topk(scores_TE: Tensor, k: int) -> Tensor:
     num_experts = scores_TE.shape[1]
     if not 0 <= k <= num_experts:
         raise ValueError(f"k is {k}, it must lie in 0..{num_experts} (experts)")
-    order_TE = torch.sort(scores_TE.detach(), dim=1, descending=True, stable=True)[1]
-    chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
-    return chosen_TE.scatter_(1, order_TE[:, :k], True)
+    scores_TE = scores_TE.detach()
+    if k == 0:
+        return torch.zeros_like(scores_TE, dtype=torch.bool)
+    threshold_T1 = scores_TE.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    least_TE = scores_TE >= threshold_T1
+    # Ties are rare; where asking is free, their handling is skipped.
+    may_ask = scores_TE.device.type == "cpu" and not torch.compiler.is_compiling()
+    if may_ask and int(least_TE.sum()) == k * len(scores_TE):
+        return least_TE
+    above_TE = scores_TE > threshold_T1
+    room_T1 = k - above_TE.sum(dim=1, keepdim=True)
+    tied_TE = least_TE & ~above_TE
+    return above_TE | (tied_TE & (tied_TE.cumsum(dim=1) <= room_T1))
 
 
 def reach(chosen_TE: Tensor, edge_mask_TEE: Tensor) -> Tensor:
@@ -106,7 +117,7 @@ def visit(
     Arguments, errors and visited sets are those of :func:`walk`, whose traversal costs
     far more than this at large E.
     """
-    return _visit(
+    found = find_visits(
         scores_TE,
         edge_mask_MEE,
         experts_per_token=experts_per_token,
@@ -114,7 +125,8 @@ def visit(
         shared_E=shared_E,
         chosen_TE=chosen_TE,
         fill=fill,
-    )[0]
+    )
+    return Visits(reached_TE=found.reached_TE, chosen_TE=found.chosen_TE)
 
 
 def walk(
@@ -149,7 +161,7 @@ def walk(
         ValueError: K is below 1, leaves no room for the shared experts or exceeds E;
             or a mask has no entry at all.
     """
-    visits, hard_TEE = _visit(
+    found = find_visits(
         scores_TE,
         edge_mask_MEE,
         experts_per_token=experts_per_token,
@@ -158,19 +170,36 @@ def walk(
         chosen_TE=chosen_TE,
         fill=fill,
     )
-    ids, parents, depths = _preorder(
-        visits.visited_TE, scores_TE.detach(), hard_TEE, experts_per_token
+    ids, parents, depths = preorder(
+        found.visited_TE,
+        scores_TE.detach(),
+        hard_edges(edge_mask_MEE, shared_E),
+        mask_index_T,
+        experts_per_token,
     )
     return Walk(
         expert_ids_TK=ids,
         parent_slot_TK=parents,
         depth_TK=depths,
-        reached_TE=visits.reached_TE,
-        chosen_TE=visits.chosen_TE,
+        reached_TE=found.reached_TE,
+        chosen_TE=found.chosen_TE,
     )
 
 
-def _visit(
+class Found(NamedTuple):
+    """The sets of a walk."""
+
+    reached_TE: Tensor
+    """Of :class:`Visits`."""
+    visited_TE: Tensor
+    """bool."""
+    swept_TE: Tensor
+    """bool; what the sweep reached, without what completes the walk."""
+    chosen_TE: Tensor
+    """Of :class:`Visits`."""
+
+
+def find_visits(
     scores_TE: Tensor,
     edge_mask_MEE: Tensor,
     *,
@@ -179,59 +208,74 @@ def _visit(
     shared_E: Tensor | None,
     chosen_TE: Tensor | None,
     fill: bool,
-) -> tuple[Visits, Tensor]:
-    """The visits, and each token's (T or 1, E, E) bool edges."""
-    num_tokens, num_experts = scores_TE.shape
-    if shared_E is None:
-        shared_E = torch.zeros(num_experts, dtype=torch.bool, device=scores_TE.device)
-    num_shared = int(shared_E.sum())
+) -> Found:
+    """The sets of :func:`walk`, from the same arguments."""
+    num_experts = scores_TE.shape[1]
+    num_shared = 0 if shared_E is None else int(shared_E.sum())
     least = max(1, num_shared)
     if not least <= experts_per_token <= num_experts:
         raise ValueError(
             f"experts_per_token is {experts_per_token}; with {num_shared} shared experts "
             f"of {num_experts} it must lie in {least}..{num_experts}"
         )
-    edges_MEE = edge_mask_MEE.to(scores_TE.dtype)
-    edges_MEE = edges_MEE.masked_fill(torch.diag(shared_E), 1.0)
-    entries_ME = edges_MEE.detach().diagonal(dim1=1, dim2=2) > 0.5
-    if not bool(entries_ME.any(dim=1).all()):
+    entries_ME = hard(edge_mask_MEE.diagonal(dim1=1, dim2=2))
+    if num_shared:
+        entries_ME = entries_ME | shared_E
+    every_entry = bool(entries_ME.all())
+    if not every_entry and not bool(entries_ME.any(dim=1).all()):
         raise ValueError(
             "an edge mask has no entry: its diagonal is all false and no expert is "
             "shared, so no expert can be reached; keep at least one diagonal edge"
         )
-    if mask_index_T is None:
-        edges_TEE = edges_MEE[:1]
-    else:
-        edges_TEE = edges_MEE[mask_index_T]
 
     if chosen_TE is None:
-        routed_TE = scores_TE.detach().masked_fill(shared_E, -torch.inf)
+        routed_TE = scores_TE.detach()
+        if num_shared:
+            routed_TE = routed_TE.masked_fill(shared_E, -torch.inf)
         chosen_TE = choose_topk(routed_TE, experts_per_token - num_shared)
-    q_TE = chosen_TE.to(scores_TE.dtype).masked_fill(shared_E, 1.0)
+    if num_shared:
+        chosen_TE = chosen_TE.masked_fill(shared_E, 1)
+    q_TE = chosen_TE.to(scores_TE.dtype)
+    hard_TE = hard(chosen_TE)
     # Where every expert may be entered, the sweep's product vanishes and r is q.
-    all_entries = not edges_MEE.requires_grad and bool(entries_ME.all())
-    reached_TE = q_TE if all_entries else reach(q_TE, edges_TEE)
+    if every_entry and not edge_mask_MEE.requires_grad:
+        reached_TE, swept_TE = q_TE, hard_TE
+    else:
+        edges_MEE = edge_mask_MEE.to(scores_TE.dtype)
+        if num_shared:
+            edges_MEE = edges_MEE.masked_fill(torch.diag(shared_E), 1.0)
+        edges_TEE = edges_MEE[:1] if mask_index_T is None else edges_MEE[mask_index_T]
+        reached_TE = reach(q_TE, edges_TEE)
+        swept_TE = hard(reached_TE)
 
-    hard_TEE = edges_TEE.detach() > 0.5
-    visited_TE = reached_TE.detach() > 0.5
-    wanted_T = (
-        torch.full((num_tokens,), experts_per_token, device=scores_TE.device)
-        if fill
-        else torch.ones(num_tokens, dtype=torch.long, device=scores_TE.device)
-    )
-    completed_TE = _complete(visited_TE, scores_TE.detach(), hard_TEE, wanted_T)
-    added_TE = (completed_TE & ~visited_TE).to(scores_TE.dtype)
-    visits = Visits(reached_TE=reached_TE + added_TE, chosen_TE=q_TE.detach() > 0.5)
-    return visits, hard_TEE
+    wanted = experts_per_token if fill else 1
+    visited_TE = swept_TE
+    if bool((swept_TE.sum(dim=1) < wanted).any()):
+        edges_MEE = hard_edges(edge_mask_MEE, shared_E)
+        edges_TEE = edges_MEE[:1] if mask_index_T is None else edges_MEE[mask_index_T]
+        visited_TE = _complete(swept_TE, scores_TE.detach(), edges_TEE, wanted)
+        reached_TE = reached_TE + (visited_TE & ~swept_TE).to(scores_TE.dtype)
+    return Found(reached_TE, visited_TE, swept_TE, hard_TE)
+
+
+def hard(value: Tensor) -> Tensor:
+    """0/1 values as bool, without their gradient; a bool tensor as it is."""
+    return value if value.dtype == torch.bool else value.detach() > 0.5
+
+
+def hard_edges(edge_mask_MEE: Tensor, shared_E: Tensor | None) -> Tensor:
+    """(M, E, E) bool; shared experts may be entered."""
+    hard_MEE = hard(edge_mask_MEE)
+    return hard_MEE if shared_E is None else hard_MEE | torch.diag(shared_E)
 
 
 def _complete(
-    visited_TE: Tensor, scores_TE: Tensor, hard_TEE: Tensor, wanted_T: Tensor
+    visited_TE: Tensor, scores_TE: Tensor, hard_TEE: Tensor, wanted: int
 ) -> Tensor:
-    """Add best-first experts until each token visits ``wanted_T`` or none is open."""
+    """Add best-first experts until each token visits ``wanted`` or none is open."""
     entries_TE = hard_TEE.diagonal(dim1=1, dim2=2)
     while True:
-        short_T = visited_TE.sum(dim=1) < wanted_T
+        short_T = visited_TE.sum(dim=1) < wanted
         if not bool(short_T.any()):
             return visited_TE
         children_TE = (visited_TE.unsqueeze(2) & hard_TEE).any(dim=1)
@@ -245,55 +289,69 @@ def _complete(
         visited_TE[rows_T, best_T[rows_T]] = True
 
 
-def _preorder(
-    visited_TE: Tensor, scores_TE: Tensor, hard_TEE: Tensor, slots: int
+def visited_ids(visited_TE: Tensor, k: int) -> Tensor:
+    """The visited experts by rising id, for callers that need no order.
+
+    Args:
+        visited_TE: (T, E) bool with at most ``k`` ones a row.
+        k: K.
+
+    Returns:
+        (T, K) int64, padded with -1 at the end; made without a host sync.
+    """
+    tokens, num_experts = visited_TE.shape
+    count_TE = visited_TE.cumsum(dim=1, dtype=torch.int32)
+    nth_K = torch.arange(1, k + 1, dtype=torch.int32, device=visited_TE.device)
+    # The n-th visited expert is the first one at which n were counted.
+    ids_TK = torch.searchsorted(count_TE, nth_K.repeat(tokens, 1))
+    return ids_TK.masked_fill(ids_TK == num_experts, NONE)
+
+
+def preorder(
+    visited_TE: Tensor,
+    scores_TE: Tensor,
+    hard_MEE: Tensor,
+    mask_index_T: Tensor | None,
+    slots: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Depth-first pre-order of the visited set, all tokens at once.
 
-    Row d of ``path`` is the node at depth d - 1 of the current branch; row 0 is the
-    source, whose children are the entries. The next node is the best-scoring unvisited
-    child of the deepest branch node that has one.
+    No stack is needed: an expert that waits remembers the last visited node that it is
+    a child of, its origin (1 for the source, whose children are the entries, slot + 2
+    for a visit, 0 for none yet, -1 once visited). A node leaves the branch only when
+    all its children are visited, so the next expert is the best-scoring one of the
+    latest origin: the first one, in columns that are sorted by falling score.
     """
-    num_tokens, num_experts = visited_TE.shape
-    device = visited_TE.device
-    tokens_T = torch.arange(num_tokens, device=device)
-    shape = (num_tokens, slots)
-    ids_TK = torch.full(shape, NONE, device=device)
-    parents_TK = torch.full(shape, NONE, device=device)
-    depths_TK = torch.full(shape, NONE, device=device)
+    rising_TK = visited_ids(visited_TE, slots)
+    used_TK = rising_TK >= 0
+    expert_TK = rising_TK.clamp(min=0)
+    score_TK = scores_TE.gather(1, expert_TK).masked_fill(~used_TK, -torch.inf)
+    falling_TK = score_TK.sort(dim=1, descending=True, stable=True)[1]
+    expert_TK = expert_TK.gather(1, falling_TK)
 
-    path_slot_TP = torch.full((num_tokens, slots + 1), NONE, device=device)
-    children_TPE = torch.zeros(
-        (num_tokens, slots + 1, num_experts), dtype=torch.bool, device=device
-    )
-    children_TPE[:, 0] = hard_TEE.diagonal(dim1=1, dim2=2)
-    rows_TEE = hard_TEE & ~torch.eye(num_experts, dtype=torch.bool, device=device)
-    height = torch.arange(slots + 1, device=device)
-    remaining_TE = visited_TE.clone()
-    length_T = torch.zeros(num_tokens, dtype=torch.long, device=device)
-
+    mask_T = torch.zeros_like(expert_TK[:, 0]) if mask_index_T is None else mask_index_T
+    source_TKK, child_TKK = expert_TK.unsqueeze(2), expert_TK.unsqueeze(1)
+    edges_TKK = hard_MEE[mask_T[:, None, None], source_TKK, child_TKK]
+    edges_TKK = edges_TKK & used_TK.unsqueeze(1)
+    tokens_T = torch.arange(len(expert_TK), device=expert_TK.device)
+    origin_TK = edges_TKK.diagonal(dim1=1, dim2=2).long()
+    depth_TK = torch.zeros_like(origin_TK)
+    found: list[tuple[Tensor, ...]] = []
     for slot in range(slots):
-        open_TPE = children_TPE & remaining_TE.unsqueeze(1)
-        usable_TP = open_TPE.any(dim=2) & (height <= length_T.unsqueeze(1))
-        level_T = torch.where(usable_TP, height, NONE).amax(dim=1)
-        live_T = level_T >= 0
-        if not bool(live_T.any()):
+        latest_T1, node_T1 = origin_TK.max(dim=1, keepdim=True)
+        level_T1 = depth_TK.gather(1, node_T1)
+        none_T1 = latest_T1 <= 0
+        values = (expert_TK.gather(1, node_T1), latest_T1 - 2, level_T1)
+        found.append(tuple(value.masked_fill(none_T1, NONE) for value in values))
+        if slot + 1 == slots:
             break
-        level_T = level_T.clamp(min=0)
-        open_TE = open_TPE[tokens_T, level_T]
-        node_T = scores_TE.masked_fill(~open_TE, -torch.inf).argmax(dim=1)
-
-        ids_TK[:, slot] = torch.where(live_T, node_T, NONE)
-        depths_TK[:, slot] = torch.where(live_T, level_T, NONE)
-        parent_T = path_slot_TP[tokens_T, level_T]
-        parents_TK[:, slot] = torch.where(live_T, parent_T, NONE)
-
-        remaining_TE[tokens_T[live_T], node_T[live_T]] = False
-        length_T = torch.where(live_T, level_T + 1, length_T)
-        path_slot_TP[tokens_T, length_T] = slot
-        source_T = tokens_T if rows_TEE.shape[0] > 1 else torch.zeros_like(tokens_T)
-        children_TPE[tokens_T, length_T] = rows_TEE[source_T, node_T]
-    return ids_TK, parents_TK, depths_TK
+        origin_TK = origin_TK.scatter(1, node_T1, -1)
+        waiting_TK = origin_TK >= 0
+        next_TK = edges_TKK[tokens_T, node_T1.squeeze(1)] & waiting_TK
+        origin_TK = origin_TK.masked_fill(next_TK, slot + 2)
+        depth_TK = torch.where(next_TK, level_T1 + 1, depth_TK)
+    ids, parents, depths = (torch.cat(column, dim=1) for column in zip(*found))
+    return ids, parents, depths
 
 
 @dataclass(frozen=True, kw_only=True)

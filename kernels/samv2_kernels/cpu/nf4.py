@@ -1,0 +1,77 @@
+"""NF4 on a CPU: one part of one expert unpacked at a time, by bitsandbytes where it pays.
+
+Shapes: D model width, F rows an expert, n rows of inputs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+from samv2_kernels.nf4 import BLOCK, LEVELS, padded
+
+WORTH_AN_IMPORT = 2**18
+"""Weights of a part from which on bitsandbytes' op repays the seconds of its import."""
+_MARK = torch.tensor([-1.0, -0.5])
+"""bitsandbytes' product tells NF4 by a second level below 0."""
+
+
+def unpack(
+    codes_H: Tensor, absmax_N: Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """What ``samv2_kernels.nf4.dequantise`` makes of one expert, bit by bit, faster.
+
+    Args:
+        codes_H: (ceil(F D / 2),) uint8.
+        absmax_N: (ceil(F D / 64),) float32.
+        shape: (F, D).
+        dtype: float32 or bfloat16.
+    """
+    weights = prod(shape)
+    if weights >= WORTH_AN_IMPORT and weights % 2 == 0 and bitsandbytes_loaded():
+        flat = torch.ops.bitsandbytes.dequantize_4bit(
+            codes_H, absmax_N, BLOCK, "nf4", (weights,), dtype
+        )
+        return flat.view(shape)
+    index_P = padded(codes_H.unsqueeze(0), BLOCK // 2)[0].int()
+    pairs = _pairs().index_select(0, index_P).view(torch.float32).view(-1, BLOCK)
+    flat = pairs.mul_(absmax_N.unsqueeze(1)).to(dtype).view(-1)
+    return flat[:weights].view(shape)
+
+
+def project(x_nD: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
+    """(n, 2 F): rows of one expert's gate and up projections side by side.
+
+    Args:
+        x_nD: (n, D) bfloat16.
+        codes: (2 F, D / 2) uint8 in decoding order; see :mod:`samv2_kernels.decoding`.
+        absmax: (D / 64, 2 F) bfloat16.
+    """
+    shape = (codes.shape[0], x_nD.shape[1])
+    return torch.ops.bitsandbytes.gemv_4bit(x_nD, codes, shape, absmax, _MARK, BLOCK)
+
+
+@cache
+def bitsandbytes_loaded() -> bool:
+    """Import bitsandbytes if there is one, which takes seconds; whether its ops exist."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    # It warns of an optional package whose fused product is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes  # noqa: F401
+
+    return True
+
+
+@cache
+def _pairs() -> Tensor:
+    """(256,) int64: for every byte, the bits of its two levels in float32."""
+    levels = torch.tensor(LEVELS)
+    byte = torch.arange(256)
+    pairs = torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1)
+    return pairs.view(torch.int64).view(-1)

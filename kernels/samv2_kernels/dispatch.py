@@ -1,0 +1,112 @@
+"""Dispatch: the visits of a batch, sorted by expert, and the tiles that cover them.
+
+Shapes: T tokens, E experts, K slots, N = T K visits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from samv2_kernels.reference.dispatch import sort_visits as reference_sort
+from samv2_kernels.reference.dispatch import tile_table as reference_tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisitOrder:
+    """Visits sorted by (expert, slot, token)."""
+
+    order_N: Tensor
+    """(N,) int32 visits v = t K + slot; unused visits last, by v."""
+    offsets: Tensor
+    """(E K + 1,) int32, exclusive: expert e in slot s owns
+    ``order_N[offsets[e K + s] : offsets[e K + s + 1]]``, and expert e in all slots
+    ``order_N[offsets[e K] : offsets[(e + 1) K]]``; the last entry counts used visits."""
+
+
+@torch.library.custom_op("samv2::sort_visits", mutates_args=(), device_types="cpu")
+def _sort_visits(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    return reference_sort(expert_ids_TK, num_experts)
+
+
+@_sort_visits.register_kernel("cuda")
+def _(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    from samv2_kernels.gpu.sort import sort_visits_gpu
+
+    return sort_visits_gpu(expert_ids_TK, num_experts)
+
+
+@_sort_visits.register_fake
+def _(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    tokens, slots = expert_ids_TK.shape
+    order_N = expert_ids_TK.new_empty(tokens * slots, dtype=torch.int32)
+    return order_N, order_N.new_empty(num_experts * slots + 1)
+
+
+def sort_visits(expert_ids_TK: Tensor, num_experts: int) -> VisitOrder:
+    """Sort the visits of a batch by expert, then slot, then token.
+
+    A token makes at most one visit a slot, and a parent has an earlier slot than its
+    child, so the visits of one slot may read and write token rows without conflict.
+    No host sync, and no atomics: the same order on every run.
+
+    Args:
+        expert_ids_TK: (T, K) integer experts in 0..E - 1, or -1 for an unused visit.
+        num_experts: E.
+
+    Returns:
+        The order and the groups' offsets.
+
+    Raises:
+        ValueError: ``expert_ids_TK`` is not a matrix, or ``num_experts`` is below 1.
+    """
+    if expert_ids_TK.dim() != 2:
+        raise ValueError(
+            f"expert_ids_TK has shape {tuple(expert_ids_TK.shape)}; it must be (T, K)"
+        )
+    if num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts}, it must be at least 1")
+    order_N, offsets = _sort_visits(expert_ids_TK, num_experts)
+    return VisitOrder(order_N=order_N, offsets=offsets)
+
+
+def tile_table(
+    offsets: Tensor,
+    *,
+    num_experts: int,
+    slots: int,
+    tokens: int,
+    rows_per_tile: int,
+    by_slot: bool,
+) -> Tensor:
+    """Cut the sorted visits into tiles that cross no expert.
+
+    Its size depends on T, K and E alone, so that a grid over it is fixed.
+
+    Args:
+        offsets: (E K + 1,) int32 of a :class:`VisitOrder`.
+        num_experts: E.
+        slots: K.
+        tokens: T.
+        rows_per_tile: most visits of a tile.
+        by_slot: make one table a slot, whose tiles do not cross slots either.
+
+    Returns:
+        (S, L, 3) int32 entries (expert, first row, stop row) into the sorted order, by
+        rising expert; S = K by slot, else 1; L = ceil(rows / rows_per_tile) + E with
+        rows = T by slot, else T K. Entries that are not needed have expert -1.
+    """
+    if offsets.is_cuda:
+        from samv2_kernels.gpu.sort import tile_table_gpu as how
+    else:
+        how = reference_tiles
+    return how(
+        offsets,
+        num_experts=num_experts,
+        slots=slots,
+        tokens=tokens,
+        rows_per_tile=rows_per_tile,
+        by_slot=by_slot,
+    )

@@ -1,0 +1,164 @@
+"""What the experts of one layer compute with: base blocks, adapters, surrogates.
+
+Shapes: D model width, E experts, B stored base blocks, F rows an expert, R adapter rank,
+Q surrogate rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from samv2_kernels.nf4 import Nf4Experts, dequantise
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertWeights:
+    """The frozen base blocks of one layer; B = E unless experts share blocks."""
+
+    gate_EFD: Tensor
+    """(B, F, D) rows of the gate projection."""
+    up_EFD: Tensor
+    """(B, F, D) rows of the up projection."""
+    down_EFD: Tensor
+    """(B, F, D) columns of the down projection, transposed."""
+    base_E: Tensor | None = None
+    """(E,) int64, the block of each expert: spawned ones share their parent's. None
+    where expert e has block e."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.gate_EFD if self.base_E is None else self.base_E)
+
+    @property
+    def ffn_width(self) -> int:
+        """F."""
+        return self.gate_EFD.shape[1]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the op takes: gate, up, down."""
+        return [self.gate_EFD, self.up_EFD, self.down_EFD]
+
+    @property
+    def per_expert(self) -> ExpertWeights:
+        """The same with a block of its own for every expert, copied where shared."""
+        if self.base_E is None:
+            return self
+        return ExpertWeights(
+            gate_EFD=self.gate_EFD[self.base_E],
+            up_EFD=self.up_EFD[self.base_E],
+            down_EFD=self.down_EFD[self.base_E],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nf4Weights:
+    """The base blocks of one layer in NF4."""
+
+    gate: Nf4Experts
+    """B packed blocks of the gate projection."""
+    up: Nf4Experts
+    """Of the up projection."""
+    down: Nf4Experts
+    """Of the down projection, transposed: F x D as the others."""
+    base_E: Tensor | None = None
+    """As in :class:`ExpertWeights`."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.gate.shape[0] if self.base_E is None else len(self.base_E)
+
+    @property
+    def ffn_width(self) -> int:
+        """F."""
+        return self.gate.shape[1]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the op takes: the codes of gate, up and down, then their magnitudes."""
+        parts = (self.gate, self.up, self.down)
+        codes = [part.codes_EH for part in parts]
+        return codes + [part.absmax_EN for part in parts]
+
+    def unpack(self, dtype: torch.dtype) -> ExpertWeights:
+        """All blocks as floats: four times the memory in bfloat16."""
+        return ExpertWeights(
+            gate_EFD=dequantise(self.gate, dtype),
+            up_EFD=dequantise(self.up, dtype),
+            down_EFD=dequantise(self.down, dtype),
+            base_E=self.base_E,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingWeights:
+    """The base blocks of one layer, for inference on a CPU.
+
+    See :func:`samv2_kernels.decoding.for_decoding`.
+    """
+
+    gate_up_codes: Tensor
+    """(B, 2 F, D / 2) uint8, gate rows first, in bitsandbytes' CPU order."""
+    gate_up_absmax: Tensor
+    """(B, D / 64, 2 F) bfloat16."""
+    down: Nf4Experts
+    """As in :class:`Nf4Weights`."""
+    base_E: Tensor | None = None
+    """As in :class:`Nf4Weights`."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.down.shape[0] if self.base_E is None else len(self.base_E)
+
+    @property
+    def ffn_width(self) -> int:
+        """F."""
+        return self.down.shape[1]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the op takes."""
+        own = [self.gate_up_codes, self.gate_up_absmax]
+        return own + [self.down.codes_EH, self.down.absmax_EN]
+
+
+Blocks = ExpertWeights | Nf4Weights | DecodingWeights
+"""What the experts of a layer may be given as."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertAdapters:
+    """Row-LoRA: frozen factors common to all experts, trainable rows per expert."""
+
+    shared_gate_RD: Tensor
+    """A_g."""
+    shared_up_RD: Tensor
+    """A_u."""
+    shared_down_DR: Tensor
+    """B_d."""
+    gate_EFR: Tensor
+    """B_g, trainable."""
+    up_EFR: Tensor
+    """B_u, trainable."""
+    down_ERF: Tensor
+    """A_d, trainable."""
+    scale: float
+    """s."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surrogates:
+    """Linear stand-ins S_e(x) = V_e (U x) + b_e."""
+
+    shared_QD: Tensor
+    """U, common to the layer's experts."""
+    out_EQD: Tensor
+    """V_e, transposed."""
+    bias_ED: Tensor
+    """b_e."""

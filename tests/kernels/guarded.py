@@ -1,0 +1,40 @@
+"""Poisoned allocations with margins, to prove what a kernel writes and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+MARGIN = 256
+
+
+@contextmanager
+def guarded(poison: int) -> Iterator[list[Tensor]]:
+    """Fill what ``Tensor.new_empty`` gives with ``poison``, and watch what is around it.
+
+    An element that a kernel does not write keeps the poison: two runs with different
+    poisons that agree have written everything.
+
+    Yields:
+        The buffers so far; each holds an allocation between two margins.
+    """
+    buffers: list[Tensor] = []
+    new_empty = Tensor.new_empty
+
+    def poisoned(like: Tensor, *shape: Any, **options: Any) -> Tensor:
+        sizes = torch.Size(shape[0] if not isinstance(shape[0], int) else shape)
+        buffer = new_empty(like, prod(sizes) + 2 * MARGIN, **options).fill_(poison)
+        buffers.append(buffer)
+        return buffer[MARGIN : buffer.numel() - MARGIN].view(sizes)
+
+    with mock.patch.object(Tensor, "new_empty", poisoned):
+        yield buffers
+    for buffer in buffers:
+        margins = torch.cat([buffer[:MARGIN], buffer[-MARGIN:]])
+        assert bool((margins == poison).all()), "written outside of an allocation"
