@@ -63,6 +63,11 @@ def check_experts(
         _expect(faults, "shared_QD", surrogates.shared_QD, (rank, width))
         _expect(faults, "out_EQD", surrogates.out_EQD, (experts, rank, width))
         _expect(faults, "bias_ED", surrogates.bias_ED, (experts, width))
+        if isinstance(weights, DecodingWeights) and surrogates.out_EQD.requires_grad:
+            faults.append(
+                "out_EQD wants a gradient; blocks in decoding order are for inference: "
+                "use Nf4Weights to train"
+            )
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -101,15 +106,18 @@ def _check_weights(
 ) -> None:
     if isinstance(weights, ExpertWeights):
         parts = dict(gate=weights.gate_EFD, up=weights.up_EFD, down=weights.down_EFD)
-        allowed = tuple({part.dtype for part in parts.values()})
+        dtypes = {part.dtype for part in parts.values()}
+        fits = dtypes == {x_TD.dtype}
     elif isinstance(weights, DecodingWeights):
         parts = dict(down=weights.down)
-        allowed = (torch.bfloat16,)
+        dtypes = {torch.bfloat16}
+        fits = x_TD.dtype in dtypes
     else:
         parts = dict(gate=weights.gate, up=weights.up, down=weights.down)
-        allowed = (torch.float32, torch.bfloat16)
-    if allowed[1:] and isinstance(weights, ExpertWeights) or x_TD.dtype not in allowed:
-        names = " or ".join(sorted(str(dtype) for dtype in allowed))
+        dtypes = {torch.float32, torch.bfloat16}
+        fits = x_TD.dtype in dtypes
+    if not fits:
+        names = " or ".join(sorted(map(str, dtypes)))
         faults.append(f"x_TD is {x_TD.dtype}; these weights need {names}")
     shape = tuple(next(iter(parts.values())).shape)
     wanted = (*shape[:2], x_TD.shape[1])

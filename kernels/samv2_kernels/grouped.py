@@ -15,7 +15,6 @@ from samv2_kernels.expert_mlp import expert_mlp
 from samv2_kernels.reference.walk import Visits, Walk
 from samv2_kernels.weights import (
     Blocks,
-    DecodingWeights,
     ExpertAdapters,
     ExpertWeights,
     Surrogates,
@@ -74,7 +73,7 @@ def grouped_experts(
     )
     if not isinstance(walked, Walk):
         walked = reference.flat_walk(walked, experts_per_token)
-    if _trained(weights, surrogates) and not isinstance(weights, DecodingWeights):
+    if _trained(weights, surrogates):
         return reference.grouped_experts(
             x_TD,
             walked,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from samv2_kernels.nf4 import BLOCK, Nf4Experts
+from samv2_kernels.nf4_nested import NestedAbsmax, nest, unnest
 
 PLANES = 4
 
@@ -28,7 +29,9 @@ class Nf4Words:
     words_BFW: Tensor
     """(B, F, D / 4) int16."""
     absmax_BFA: Tensor
-    """(B, F, D / 64) float32."""
+    """(B, F, D / 64) float32, or uint8 codes where ``nested`` is given."""
+    nested: NestedAbsmax | None = None
+    """What the codes of magnitudes stand for."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -63,28 +66,39 @@ def bytes_to_words(codes_EH: Tensor) -> Tensor:
     return words.flatten(1)
 
 
-def to_words(packed: Nf4Experts) -> Nf4Words:
+def to_words(packed: Nf4Experts, *, nested: bool = False) -> Nf4Words:
     """Reorder codes; the same codes and magnitudes in another order.
+
+    Args:
+        packed: B experts.
+        nested: pack the magnitudes to 8 bits, which loses a little.
 
     Raises:
         ValueError: the model width is not a multiple of 64.
     """
     experts, rows, width = packed.shape
     check_width(width)
+    second = nest(packed.absmax_EN) if nested else None
+    absmax_EN = packed.absmax_EN if second is None else second.codes_EN
     return Nf4Words(
         words_BFW=bytes_to_words(packed.codes_EH).view(experts, rows, width // PLANES),
-        absmax_BFA=packed.absmax_EN.view(experts, rows, width // BLOCK),
+        absmax_BFA=absmax_EN.view(experts, rows, width // BLOCK),
+        nested=second,
     )
 
 
 def from_words(packed: Nf4Words) -> Nf4Experts:
-    """The inverse of :func:`to_words`."""
+    """The inverse of :func:`to_words`; nested magnitudes become float32."""
     experts, rows, width = packed.shape
     words = packed.words_BFW.int().view(experts, rows, width // BLOCK, BLOCK // PLANES)
     planes = [(words >> 4 * j) & 15 for j in range(PLANES)]
     codes = torch.stack(planes, dim=3).to(torch.uint8).view(experts, -1, 2)
     return Nf4Experts(
         codes_EH=codes[:, :, 0] << 4 | codes[:, :, 1],
-        absmax_EN=packed.absmax_BFA.reshape(experts, -1),
+        absmax_EN=(
+            packed.absmax_BFA.reshape(experts, -1)
+            if packed.nested is None
+            else unnest(packed.nested)
+        ),
         shape=(experts, rows, width),
     )

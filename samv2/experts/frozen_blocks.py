@@ -1,7 +1,8 @@
 """What a converted layer computes with and does not train: blocks, surrogates, repairs.
 
 Blocks are (E, F, D) tensors: gate, up and down projection, and each repair's own down
-projection. They are floats, or NF4 that is unpacked for one pass at a time.
+projection. They are floats or NF4. Grouped experts take NF4 as it is; for the masked
+dense FFN it is unpacked for one pass at a time.
 
 Shapes: T tokens, D model width, E experts, F rows an expert, Q rank, K visits a token.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from samv2.common.errors import ModelError
 from samv2.experts.nf4 import check_packed, packed_name, saved_packed
 from samv2.experts.repair import Repair, repair_name
-from samv2_kernels import ExpertWeights, Surrogates
+from samv2_kernels import ExpertWeights, Nf4Weights, Surrogates
 from samv2_kernels.nf4 import Nf4Experts, dequantise, quantise
 
 GATE, UP, DOWN = "gate_EFD", "up_EFD", "down_EFD"
@@ -139,6 +140,24 @@ class FrozenBlocks(nn.Module):
             if name not in self.packed:
                 self.pack(name, quantise(getattr(self, name)))
 
+    def blocks(self, k: int, dtype: torch.dtype) -> ExpertWeights | Nf4Weights:
+        """The blocks to compute K visits with, packed where all of them are NF4.
+
+        Args:
+            k: K; its repair's down projection takes the base's place.
+            dtype: of float blocks.
+        """
+        names = self._names(k)
+        if all(name in self.packed for name in names):
+            gate, up, down = map(self.packed_block, names)
+            return Nf4Weights(gate=gate, up=up, down=down)
+        gate_EFD, up_EFD, down_EFD = (self.block(name, dtype) for name in names)
+        return ExpertWeights(gate_EFD=gate_EFD, up_EFD=up_EFD, down_EFD=down_EFD)
+
+    def _names(self, k: int) -> tuple[str, str, str]:
+        """Of gate, up and down projection at K."""
+        return GATE, UP, repair_name(k, DOWN) if k in self.repaired else DOWN
+
     @contextmanager
     def unpacked(self, k: int, dtype: torch.dtype) -> Iterator[ExpertWeights]:
         """The blocks to compute K visits with; autograd keeps NF4 and no copy of them.
@@ -147,8 +166,7 @@ class FrozenBlocks(nn.Module):
             k: K; its repair's down projection takes the base's place.
             dtype: of the blocks.
         """
-        down = repair_name(k, DOWN) if k in self.repaired else DOWN
-        names = (GATE, UP, down)
+        names = self._names(k)
         blocks = [self.block(name, dtype) for name in names]
         pairs = [
             (block, self.packed_block(name))

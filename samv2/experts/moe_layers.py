@@ -297,7 +297,7 @@ class ExpertGraphMLP(FrozenBlocks):
 
         placed_TE = scores_TE[:, self.order_E]
         shared_E = self.shared_E[self.order_E]
-        ordered = options.recorder is not None or self._groups(k)
+        ordered = options.recorder is not None or self.chains
         walked = (walk if ordered else visit)(
             placed_TE.detach(),
             masks_MEE,
@@ -343,18 +343,20 @@ class ExpertGraphMLP(FrozenBlocks):
         repaired = k in self.repaired
         stand_ins = not repaired and self.combine == "unit"
         surrogates = self.surrogates if stand_ins else None
-        with self.unpacked(k, x_TD.dtype) as weights:
-            if isinstance(walked, Walk) and self._groups(self.visits_at(k)):
-                y_TD = grouped_experts(
-                    x_TD,
-                    walked,
-                    combine_TE,
-                    weights,
-                    adapters=self.applied_adapters,
-                    surrogates=surrogates,
-                    edge_strength_EE=self.edge_strength_EE if self.chains else None,
-                )
-            else:
+        visits = self.visits_at(k)
+        if self._groups(visits):
+            y_TD = grouped_experts(
+                x_TD,
+                walked,
+                combine_TE,
+                self.blocks(k, x_TD.dtype),
+                experts_per_token=visits,
+                adapters=self.applied_adapters,
+                surrogates=surrogates,
+                edge_strength_EE=self.edge_strength_EE if self.chains else None,
+            )
+        else:
+            with self.unpacked(k, x_TD.dtype) as weights:
                 y_TD = masked_dense_experts(
                     x_TD,
                     walked.reached_TE,

@@ -150,7 +150,9 @@ def lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
     out = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), np.uint32)
     for row in range(8):
         if truth >> row & 1:
-            terms = (each if row & bit else ~each for each, bit in zip((a, b, c), (4, 2, 1)))
+            terms = (
+                each if row & bit else ~each for each, bit in zip((a, b, c), (4, 2, 1))
+            )
             first, second, third = terms
             out |= first & second & third
     return out
@@ -226,7 +228,9 @@ def _inline_asm(
             number += 1
     registers = run_ptx(asm, inputs)
     results = _Results()
-    for index, kind in enumerate(types if isinstance(types, (list, tuple)) else [types]):
+    for index, kind in enumerate(
+        types if isinstance(types, (list, tuple)) else [types]
+    ):
         words = np.broadcast_to(registers[f"${index}"], (threads,))
         dtype = interpreter._get_np_dtype(kind.scalar)
         assert pack * np.dtype(dtype).itemsize == 4, "one register a result"

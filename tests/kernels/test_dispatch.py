@@ -76,7 +76,11 @@ def test_tiles_cover_every_visit_once_and_cross_nothing(
     )
     rows = tokens if by_slot else tokens * slots
     assert tiles.dtype == torch.int32
-    assert tiles.shape == (slots if by_slot else 1, -(-rows // rows_per_tile) + experts, 3)
+    assert tiles.shape == (
+        slots if by_slot else 1,
+        -(-rows // rows_per_tile) + experts,
+        3,
+    )
     for scope, entries in enumerate(tiles.tolist()):
         used = [entry for entry in entries if entry[0] >= 0]
         assert entries[: len(used)] == used, "padding is last"
@@ -122,7 +126,8 @@ def test_the_set_of_a_group_does_not_depend_on_the_order_of_tokens(
             for visit in rows_of(other, group, group + 1)
         }
         expected = {
-            (visit // slots, visit % slots) for visit in rows_of(whole, group, group + 1)
+            (visit // slots, visit % slots)
+            for visit in rows_of(whole, group, group + 1)
         }
         assert found == expected
 

@@ -145,7 +145,8 @@ def expert_mlp_backward(
         for group in batch.groups:
             own = group.rows
             torch.mm(dgate[own], blocks.weight(GATE, group.block), out=dx[own])
-            dx[own].addmm_(dup[own], blocks.weight(UP, group.block))
+            up_FD = blocks.weight(UP, group.block)
+            torch.addmm(dx[own], dup[own], up_FD, out=dx[own])
         batch.add(dx_TD, dx, wide_nD)
         if drank is not None:
             drank.enter(batch, dgate, dup)

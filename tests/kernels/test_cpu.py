@@ -1,0 +1,241 @@
+"""The CPU kernels: how much work and memory they take, batches, and NF4 paths."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from samv2_kernels import (
+    DecodingWeights,
+    ExpertWeights,
+    Nf4Weights,
+    can_decode,
+    cpu,
+    for_decoding,
+    grouped_experts,
+    sort_visits,
+    visit,
+)
+from samv2_kernels.cpu import blocks as cpu_blocks
+from samv2_kernels.cpu import nf4 as cpu_nf4
+from samv2_kernels.cpu.batches import BATCH_BYTES, batches
+from samv2_kernels.nf4 import Nf4Experts, dequantise, quantise
+from tests.helpers import assert_close, randn
+
+ROWS, WIDTH, EXPERTS, SLOTS, TOKENS = 48, 64, 8, 2, 20
+COMPLETE = torch.ones(1, EXPERTS, EXPERTS, dtype=torch.bool).triu()
+
+
+def ids(seed: int = 0) -> Tensor:
+    """(T, K) the best experts of random scores."""
+    return randn(TOKENS, EXPERTS, seed=seed).topk(SLOTS, dim=1).indices
+
+
+def arguments(weights: list[Tensor], ids_TK: Tensor) -> list[Any]:
+    """Of the op, without adapters and surrogates."""
+    order = sort_visits(ids_TK, EXPERTS)
+    x_TD = randn(len(ids_TK), WIDTH, seed=1)
+    combine_TK = randn(*ids_TK.shape, seed=2)
+    common = [x_TD, combine_TK, order.order_N, order.offsets, weights, ROWS]
+    return [*common, *([None] * 9)]
+
+
+def float_blocks() -> list[Tensor]:
+    return [randn(EXPERTS, ROWS, WIDTH, seed=seed) for seed in (3, 4, 5)]
+
+
+def nf4_weights(rows: int = ROWS, width: int = WIDTH) -> Nf4Weights:
+    parts = [quantise(randn(EXPERTS, rows, width, seed=seed)) for seed in (3, 4, 5)]
+    return Nf4Weights(gate=parts[0], up=parts[1], down=parts[2])
+
+
+def test_matmuls_are_those_of_the_visited_rows() -> None:
+    """K/E of the dense products forward, and as much again for x backward."""
+    given = arguments(float_blocks(), ids())
+    dense = 2 * TOKENS * 3 * EXPERTS * ROWS * WIDTH
+    with FlopCounterMode(display=False) as forward:
+        y_TD, low_TR, gate_NF, up_NF = cpu.expert_mlp_forward(*given, True)
+    assert forward.get_total_flops() == dense * SLOTS / EXPERTS
+    with FlopCounterMode(display=False) as backward:
+        cpu.expert_mlp_backward(y_TD, low_TR, *given, gate_NF, up_NF)
+    assert backward.get_total_flops() == dense * SLOTS / EXPERTS
+
+
+def test_one_part_of_one_touched_expert_is_unpacked_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[tuple[int, ...]] = []
+    alive: list[weakref.ref[Tensor]] = []
+
+    def watched(codes: Tensor, absmax: Tensor, shape: Any, dtype: Any) -> Tensor:
+        # The caller may still hold the part before this one, as it asks for the next.
+        assert sum(ref() is not None for ref in alive) <= 1
+        weights = cpu_nf4.unpack(codes, absmax, shape, dtype)
+        alive.append(weakref.ref(weights))
+        made.append(tuple(weights.shape))
+        return weights
+
+    monkeypatch.setattr(cpu_blocks, "unpack", watched)
+    ids_TK = ids() % 3  # The other five experts are not visited.
+    ids_TK[:, 1] = (ids_TK[:, 0] + 1) % 3
+    given = arguments(nf4_weights().tensors, ids_TK)
+    y_TD, low_TR, gate_NF, up_NF = cpu.expert_mlp_forward(*given, True)
+    assert made == [(ROWS, WIDTH)] * 9, "three parts of three experts"
+    cpu.expert_mlp_backward(y_TD, low_TR, *given, gate_NF, up_NF)
+    assert made == [(ROWS, WIDTH)] * 18
+
+
+def test_unused_slots_save_zeros_and_get_no_gradient() -> None:
+    ids_TK = ids()
+    ids_TK[::3, 1] = -1
+    given = arguments(float_blocks(), ids_TK)
+    unused = ids_TK < 0
+    y_TD, low_TR, gate_NF, up_NF = cpu.expert_mlp_forward(*given, True)
+    used = int((~unused).sum())
+    assert bool(gate_NF[:used].any(1).all()) and not bool(gate_NF[used:].any())
+    assert not bool(up_NF[used:].any())
+    found = cpu.expert_mlp_backward(y_TD, low_TR, *given, gate_NF, up_NF)
+    assert bool((found[1][~unused] != 0).all())
+    assert not bool(found[1][unused].any())
+
+
+@pytest.mark.parametrize("per_batch", [1, 5, 9, 10**6])
+def test_batches_are_whole_experts_in_order(per_batch: int) -> None:
+    ids_TK = ids()
+    ids_TK[ids_TK == 2] = -1
+    order = sort_visits(ids_TK, EXPERTS)
+    base_E = torch.arange(EXPERTS).flip(0)
+    found = batches(
+        order.order_N, order.offsets, base_E, SLOTS, BATCH_BYTES // per_batch
+    )
+    groups = [group for batch in found for group in batch.groups]
+    experts = [group.expert for group in groups]
+    assert experts == sorted(set(ids_TK[ids_TK >= 0].tolist())) and 2 not in experts
+    assert [group.block for group in groups] == [EXPERTS - 1 - e for e in experts]
+    assert all(len(batch) <= per_batch or len(batch.groups) == 1 for batch in found)
+    for first, second in zip(found, found[1:]):
+        assert len(first) + second.groups[0].rows.stop > per_batch, "it had room"
+    for batch in found:
+        for group in batch.groups:
+            visits = batch.visit_n[group.rows].tolist()
+            wanted = (ids_TK.flatten() == group.expert).nonzero().flatten().tolist()
+            assert sorted(visits) == wanted
+        assert torch.equal(batch.token_n, batch.visit_n // SLOTS)
+    rows = torch.cat([batch.visit_n for batch in found])
+    assert torch.equal(rows.int(), order.order_N[: len(rows)])
+
+
+def test_no_visits_are_no_batches() -> None:
+    order = sort_visits(torch.full((3, 2), -1), EXPERTS)
+    assert batches(order.order_N, order.offsets, None, 2, 8) == []
+
+
+@pytest.mark.parametrize("shape", [(2, 32), (3, 43), (5, 13), (1, 1), (700, 400)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_bitsandbytes", [False, True])
+def test_unpacking_gives_the_bits_of_the_format(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    by_bitsandbytes: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        cpu_nf4, "WORTH_AN_IMPORT", 0 if by_bitsandbytes else 10**9, raising=True
+    )
+    packed = quantise(randn(2, *shape, seed=6))
+    expected = dequantise(packed, dtype)
+    for e in range(2):
+        found = cpu_nf4.unpack(packed.codes_EH[e], packed.absmax_EN[e], shape, dtype)
+        assert found.dtype == dtype and torch.equal(found, expected[e])
+
+
+def test_every_byte_unpacks_to_its_two_levels() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).unsqueeze(0)
+    packed = Nf4Experts(
+        codes_EH=codes, absmax_EN=torch.arange(1.0, 9.0)[None], shape=(1, 8, 64)
+    )
+    found = cpu_nf4.unpack(codes[0], packed.absmax_EN[0], (8, 64), torch.float32)
+    assert torch.equal(found, dequantise(packed, torch.float32)[0])
+
+
+def routed(
+    weights: ExpertWeights | Nf4Weights | DecodingWeights, x_TD: Tensor
+) -> Tensor:
+    visits = visit(randn(len(x_TD), EXPERTS, seed=7), COMPLETE, experts_per_token=2)
+    return grouped_experts(
+        x_TD, visits, visits.reached_TE, weights, experts_per_token=2
+    )
+
+
+needs_decoding = pytest.mark.skipif(
+    not can_decode(ROWS, WIDTH), reason="needs bitsandbytes and AVX512-BF16"
+)
+
+
+@needs_decoding
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("shared", [False, True])
+def test_decoding_order_computes_the_same(tokens: int, shared: bool) -> None:
+    base_E = torch.arange(EXPERTS) // 2 if shared else None
+    weights = replace(nf4_weights(), base_E=base_E)
+    x_TD = randn(tokens, WIDTH, seed=8, dtype=torch.bfloat16)
+    expected = routed(weights.unpack(torch.float32), x_TD.float())
+    assert_close("y", routed(for_decoding(weights), x_TD), expected, "bf16")
+
+
+@needs_decoding
+def test_decoding_order_is_that_of_bitsandbytes() -> None:
+    from bitsandbytes.functional import (
+        QuantState,
+        _convert_weight_packed_for_cpu,
+    )
+
+    weights = nf4_weights()
+    found = for_decoding(weights)
+    for e in range(EXPERTS):
+        parts = (weights.gate.experts(e, e + 1), weights.up.experts(e, e + 1))
+        state = QuantState(
+            absmax=torch.cat([part.absmax_EN[0] for part in parts]),
+            shape=torch.Size((2 * ROWS, WIDTH)),
+            dtype=torch.bfloat16,
+            blocksize=64,
+            quant_type="nf4",
+        )
+        codes = torch.cat([part.codes_EH[0] for part in parts])
+        expected, state = _convert_weight_packed_for_cpu(codes, state)
+        assert torch.equal(found.gate_up_codes[e], expected)
+        assert torch.equal(found.gate_up_absmax[e], state.absmax)
+
+
+@needs_decoding
+def test_decoding_order_takes_no_more_codes() -> None:
+    weights = nf4_weights()
+    found = for_decoding(weights)
+    codes = weights.gate.codes_EH.numel() + weights.up.codes_EH.numel()
+    assert found.gate_up_codes.numel() == codes
+    assert found.down is weights.down
+
+
+@needs_decoding
+def test_decoding_order_is_for_inference() -> None:
+    found = for_decoding(nf4_weights())
+    x_TD = randn(4, WIDTH, seed=8, dtype=torch.bfloat16).requires_grad_()
+    y_TD = routed(found, x_TD)
+    with pytest.raises(ValueError, match="no backward: use Nf4Weights"):
+        y_TD.sum().backward()
+    with pytest.raises(ValueError, match="these weights need torch.bfloat16"):
+        routed(found, x_TD.float())
+
+
+@pytest.mark.parametrize("rows, width", [(24, 64), (16, 96), (8, 64)])
+def test_widths_without_a_decoding_order_are_refused(rows: int, width: int) -> None:
+    """24 rows and 96 columns do not divide; 8 rows make half a tile."""
+    assert not can_decode(rows, width)
+    with pytest.raises(ValueError, match=f"{rows} x {width} weights cannot be put in"):
+        for_decoding(nf4_weights(rows, width))
