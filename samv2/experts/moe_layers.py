@@ -42,10 +42,9 @@ from samv2_kernels import (
 )
 from samv2_kernels.reference import choose_topk
 
-GROUPING_PAYS_BELOW = 0.125
-"""On a CPU, grouping beats the masked dense FFN below this share of visited experts."""
-GROUPED_ROWS = 64
-"""And only if experts have so many rows: narrower ones are one small product each."""
+READ_ROWS, CALL_ROWS, MOVE_ROWS = 12, 6500, 30
+"""What grouping costs besides its products, in rows of an expert: reading its weights
+and, divided by its width, calling its products; and, a visit, moving its row."""
 
 Recorder = Callable[[int, Walk], None]
 """Called with the layer's index and its walk on every forward pass."""
@@ -320,10 +319,11 @@ class ExpertGraphMLP(FrozenBlocks):
         soft_TE = torch.sigmoid(scores_TE - threshold_T1)
         return chosen_TE.float() + (soft_TE - soft_TE.detach())
 
-    def _groups(self, k: int) -> bool:
-        """Whether K visits run grouped by expert rather than as one masked FFN."""
-        wide = self.shape[1] >= GROUPED_ROWS
-        return self.chains or (wide and k < GROUPING_PAYS_BELOW * self.num_experts)
+    def _groups(self, x_TD: Tensor, visits: int) -> bool:
+        """Whether visits run grouped by expert rather than as one masked FFN."""
+        if self.chains or x_TD.is_cuda:
+            return True
+        return grouping_pays(len(x_TD), visits, self.num_experts, self.shape[1])
 
     def _weigh(self, scores_TE: Tensor, walked: Visits) -> Tensor:
         """Combine weights of the visited experts, (T, E) float32."""
@@ -344,7 +344,7 @@ class ExpertGraphMLP(FrozenBlocks):
         stand_ins = not repaired and self.combine == "unit"
         surrogates = self.surrogates if stand_ins else None
         visits = self.visits_at(k)
-        if self._groups(visits):
+        if self._groups(x_TD, visits):
             y_TD = grouped_experts(
                 x_TD,
                 walked,
@@ -366,6 +366,24 @@ class ExpertGraphMLP(FrozenBlocks):
                     surrogates=surrogates,
                 )
         return y_TD + self.stand_in(x_TD, k) if repaired else y_TD
+
+
+def grouping_pays(tokens: int, visits: int, num_experts: int, width: int) -> bool:
+    """Whether grouped experts beat the masked dense FFN on a CPU.
+
+    Both are counted in rows that pass through one expert; ``bench/bench_experts.py``
+    measures what the constants stand for.
+
+    Args:
+        tokens: T.
+        visits: K.
+        num_experts: E.
+        width: F.
+    """
+    touched = min(num_experts, tokens * visits)
+    moved = tokens * visits * (1 + MOVE_ROWS / width)
+    grouped = moved + touched * (READ_ROWS + CALL_ROWS / width)
+    return grouped < (tokens + READ_ROWS) * num_experts
 
 
 def check_visits(experts_per_token: int, num_shared: int, num_experts: int) -> None:

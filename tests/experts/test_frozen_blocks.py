@@ -45,7 +45,7 @@ def twins(chains: bool = False) -> tuple[ExpertGraphMLP, ExpertGraphMLP]:
 def run(layer: ExpertGraphMLP, k: int, grouped: bool) -> dict[str, Tensor]:
     """Outputs, and gradients of the inputs and of all that is trained."""
     x_BSD = X_BSD.clone().requires_grad_()
-    layer._groups = lambda visits: grouped  # both paths, whatever pays on a CPU
+    layer._groups = lambda x_TD, visits: grouped  # both paths, whatever pays on a CPU
     y_BSD, _ = layer(x_BSD, WalkOptions(experts_per_token=k))
     (y_BSD * randn(*y_BSD.shape, seed=41)).sum().backward()
     gradients = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}

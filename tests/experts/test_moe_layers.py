@@ -64,10 +64,9 @@ def make_layer(*, surrogates: bool = True, **changes: Any) -> ExpertGraphMLP:
     return ExpertGraphMLP(**(values | changes))
 
 
-def group_below(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Group below this share of visited experts, however narrow they are."""
-    monkeypatch.setattr(moe_layers, "GROUPING_PAYS_BELOW", share)
-    monkeypatch.setattr(moe_layers, "GROUPED_ROWS", 1)
+def group(always: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group always or never, whatever is faster."""
+    monkeypatch.setattr(moe_layers, "grouping_pays", lambda *_: always)
 
 
 def fill_parameters(layer: ExpertGraphMLP, *names: str) -> None:
@@ -165,8 +164,8 @@ def test_grouped_and_masked_dense_layers_agree(
     results = []
     mask = torch.eye(EXPERTS, dtype=torch.bool)
     mask[3, 3], mask[2, 3] = False, True
-    for below in (0.0, 2.0):
-        group_below(below, monkeypatch)
+    for grouped in (False, True):
+        group(grouped, monkeypatch)
         layer = make_layer(edge_mask_EE=mask, experts_per_token=k)
         fill_parameters(
             layer, "mix_E", "adapter_gate_EFR", "adapter_up_EFR", "adapter_down_ERF"
@@ -451,8 +450,7 @@ def test_a_repaired_layer_is_its_formula(
     how: str, rank: int, recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever way the visits run, and whether or not their order is looked at."""
-    below = {"masked": 0.0, "grouped": 2.0, "chains": 0.0}[how]
-    group_below(below, monkeypatch)
+    group(how == "grouped", monkeypatch)
     layer, repair = make_layer(chains=how == "chains"), make_repair(rank=rank)
     layer.add_repair(3, repair)
     fill_parameters(layer, "mix_E", "edge_strength_EE", *ADAPTERS)
@@ -522,8 +520,7 @@ def test_gradients_pass_a_repaired_layer(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of the formula, from plain loops; the repair itself is frozen."""
-    below = {"masked": 0.0, "grouped": 2.0, "chains": 0.0}[how]
-    group_below(below, monkeypatch)
+    group(how == "grouped", monkeypatch)
     layer, repair = make_layer(chains=how == "chains"), make_repair()
     layer.add_repair(3, repair)
     fill_parameters(layer, "mix_E", "edge_strength_EE", *ADAPTERS)
@@ -542,12 +539,12 @@ def test_gradients_pass_a_repaired_layer(
         assert_close(name, found[name], getattr(layer, name).grad, "fp32")
 
 
-@pytest.mark.parametrize("below", [0.0, 2.0])
+@pytest.mark.parametrize("grouped", [False, True])
 def test_the_gate_of_a_repaired_layer_learns_what_a_visit_adds(
-    below: float, monkeypatch: pytest.MonkeyPatch
+    grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """d y / d g_e = sigmoid'(g_e - threshold) h_e D_e of visited experts."""
-    group_below(below, monkeypatch)
+    group(grouped, monkeypatch)
     layer, repair = make_layer(num_shared=0), make_repair()
     layer.add_repair(3, repair)
     probe = randn(2 * 7, WIDTH, seed=90)
@@ -567,8 +564,7 @@ def test_inputs_of_a_repaired_layer_get_the_gradient_of_its_formula(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With scores that do not depend on them, so that visits are the same for all."""
-    below = {"masked": 0.0, "grouped": 2.0, "chains": 0.0}[how]
-    group_below(below, monkeypatch)
+    group(how == "grouped", monkeypatch)
     layer, repair = make_layer(chains=how == "chains"), make_repair()
     layer.add_repair(3, repair)
     fill_parameters(layer, "mix_E", "edge_strength_EE", *ADAPTERS)
@@ -668,32 +664,37 @@ def test_the_order_of_visits_is_found_only_where_it_is_looked_at(
     recorded = run(layer, X)[0]
     assert torch.equal(plain, recorded)
     make_layer(chains=True)(X)
-    group_below(2.0, monkeypatch)
+    group(True, monkeypatch)
     layer(X)
-    assert calls == ["visit", "walk", "walk", "walk"]
+    assert calls == ["visit", "walk", "walk", "visit"]
 
 
 @pytest.mark.parametrize(
-    "width, visits, chains, grouped",
+    "tokens, visits, experts, width, grouped",
     [
-        (64, 1, False, True),
-        (64, 2, False, False),
-        (63, 1, False, False),
-        (4, 1, False, False),
-        (4, 4, True, True),
+        (512, 2, 16, 688, True),
+        (512, 8, 16, 688, True),
+        (16, 2, 16, 688, True),
+        (1, 2, 16, 688, True),
+        (512, 16, 16, 688, False),
+        (1024, 2, 16, 96, True),
+        (1024, 8, 16, 96, True),
+        (1024, 15, 16, 96, False),
+        (64, 2, 16, 96, False),
+        (1024, 4, 64, 24, True),
+        (64, 4, 64, 24, False),
+        (1024, 1, 1, 1536, False),
     ],
 )
-def test_few_visits_of_wide_experts_are_grouped(
-    width: int, visits: int, chains: bool, grouped: bool
+def test_grouping_pays_where_enough_work_is_left_out(
+    tokens: int, visits: int, experts: int, width: int, grouped: bool
 ) -> None:
-    blocks = (randn(16, width, 8, seed=seed) for seed in range(3))
-    weights = ExpertWeights(**dict(zip(("gate_EFD", "up_EFD", "down_EFD"), blocks)))
-    layer = make_layer(
-        weights=weights,
-        gate=Gate(weight_ED=randn(16, 8, seed=4), bias_E=torch.zeros(16)),
-        surrogates=False,
-        edge_mask_EE=torch.eye(16, dtype=torch.bool),
-        order_E=torch.arange(16),
-        chains=chains,
-    )
-    assert layer._groups(visits) == grouped
+    assert moe_layers.grouping_pays(tokens, visits, experts, width) == grouped
+
+
+def test_chains_are_always_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    group(False, monkeypatch)
+    assert make_layer(chains=True)._groups(X_TD, 3)
+    assert not make_layer()._groups(X_TD, 3)
+    group(True, monkeypatch)
+    assert make_layer()._groups(X_TD, 3)

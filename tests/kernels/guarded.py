@@ -19,7 +19,8 @@ def guarded(poison: int) -> Iterator[list[Tensor]]:
     """Fill what ``Tensor.new_empty`` gives with ``poison``, and watch what is around it.
 
     An element that a kernel does not write keeps the poison: two runs with different
-    poisons that agree have written everything.
+    poisons that agree have written everything. Floats are filled with NaN instead, which
+    shows in one run.
 
     Yields:
         The buffers so far; each holds an allocation between two margins.
@@ -29,7 +30,8 @@ def guarded(poison: int) -> Iterator[list[Tensor]]:
 
     def poisoned(like: Tensor, *shape: Any, **options: Any) -> Tensor:
         sizes = torch.Size(shape[0] if not isinstance(shape[0], int) else shape)
-        buffer = new_empty(like, prod(sizes) + 2 * MARGIN, **options).fill_(poison)
+        buffer = new_empty(like, prod(sizes) + 2 * MARGIN, **options)
+        buffer.fill_(torch.nan if buffer.is_floating_point() else poison)
         buffers.append(buffer)
         return buffer[MARGIN : buffer.numel() - MARGIN].view(sizes)
 
@@ -37,4 +39,5 @@ def guarded(poison: int) -> Iterator[list[Tensor]]:
         yield buffers
     for buffer in buffers:
         margins = torch.cat([buffer[:MARGIN], buffer[-MARGIN:]])
-        assert bool((margins == poison).all()), "written outside of an allocation"
+        untouched = margins.isnan() if buffer.is_floating_point() else margins == poison
+        assert bool(untouched.all()), "written outside of an allocation"

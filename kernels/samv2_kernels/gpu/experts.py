@@ -173,8 +173,10 @@ def expert_mlp_backward(
         assert low_gate_TR is not None and gate_EFR is not None and up_EFR is not None
         dlow_gate = torch.zeros_like(low_gate_TR, dtype=torch.float32)
         dlow_up = torch.zeros_like(dlow_gate)
-        dgate, dup = torch.zeros_like(gate_EFR), torch.zeros_like(up_EFR)
-        ddown = torch.zeros_like(down_ERF)
+        dgate, dup, ddown = (
+            bank.new_empty(bank.shape) if order_N.shape[0] else torch.zeros_like(bank)
+            for bank in (gate_EFR, up_EFR, down_ERF)
+        )
     if surrogates:
         assert reached_TK is not None
         dlow_TQ = torch.zeros_like(low_TQ, dtype=torch.float32)
@@ -295,8 +297,9 @@ def _hidden_grad(
     rank = 0 if down_ERF is None else down_ERF.shape[1]
     columns = triton.cdiv(call.F, config.columns)
     rows = call.order_N.shape[0]
-    dgate_NF = torch.empty_like(gate_NF, dtype=call.blocks.hidden_dtype(dy_TD.dtype))
-    dup_NF = torch.empty_like(dgate_NF)
+    hidden = call.blocks.hidden_dtype(dy_TD.dtype)
+    dgate_NF = gate_NF.new_empty(gate_NF.shape, dtype=hidden)
+    dup_NF = gate_NF.new_empty(gate_NF.shape, dtype=hidden)
     # Rows of unused visits are in no tile; their gradient is 0.
     part_NY = dy_TD.new_zeros((rows, columns), dtype=torch.float32)
     absent = call.x_TD

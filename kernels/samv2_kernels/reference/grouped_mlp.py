@@ -287,7 +287,6 @@ def masked_dense_experts(
         (T, D) in the dtype of ``x_TD``; gradients as of :func:`grouped_experts`.
     """
     weights = weights.per_expert
-    num_experts, width, _ = weights.gate_EFD.shape
     dtype = x_TD.dtype
     gate_TM = x_TD @ weights.gate_EFD.flatten(0, 1).T
     up_TM = x_TD @ weights.up_EFD.flatten(0, 1).T
@@ -296,8 +295,8 @@ def masked_dense_experts(
         gate_TM = gate_TM + low_TR @ adapters.gate_EFR.to(dtype).flatten(0, 1).T
         low_TR = x_TD @ adapters.shared_up_RD.to(dtype).T * adapters.scale
         up_TM = up_TM + low_TR @ adapters.up_EFR.to(dtype).flatten(0, 1).T
-    hidden_TEF = (F.silu(gate_TM) * up_TM).unflatten(1, (num_experts, width))
     weight_TE = combine_TE * (reached_TE.detach() > 0.5)
+    hidden_TEF = (F.silu(gate_TM) * up_TM).unflatten(1, (weight_TE.shape[1], -1))
     hidden_TM = (hidden_TEF * weight_TE.to(dtype).unsqueeze(2)).flatten(1)
     y_TD = hidden_TM @ weights.down_EFD.flatten(0, 1)
     if adapters is not None:
