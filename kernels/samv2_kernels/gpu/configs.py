@@ -56,9 +56,9 @@ TABLE: Mapping[tuple[str, str], tuple[Config, ...]] = {
     ("to_tokens", "float"): (_c(16, 64, 32, 2, 3), _c(64, 64, 32, 4, 3)),
     ("input_grad", "nf4"): (_c(16, 64, 32, 1, 3), _c(32, 64, 32, 1, 3)),
     ("input_grad", "nested"): (_c(16, 64, 32, 1, 3), _c(32, 64, 32, 1, 3)),
-    ("input_grad", "float"): (_c(16, 64, 32, 2, 3), _c(64, 128, 32, 4, 3)),
+    ("input_grad", "float"): (_c(16, 64, 32, 2, 4), _c(64, 128, 32, 4, 3)),
     ("project", "float"): (_c(16, 16, 32, 1, 3), _c(64, 16, 32, 4, 3)),
-    ("adapter_grad", "float"): (_c(32, 32, 32, 2, 3),),
+    ("adapter_grad", "float"): (_c(32, 32, 32, 4, 3),),
 }
 """Shipped configurations by (kernel, weights), rising in rows."""
 
