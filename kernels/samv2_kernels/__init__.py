@@ -21,6 +21,7 @@ from samv2_kernels.weights import (
     ExpertWeights,
     Nf4Weights,
     Surrogates,
+    WordWeights,
 )
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "VisitOrder",
     "Visits",
     "Walk",
+    "WordWeights",
     "can_decode",
     "count_usage",
     "for_decoding",

@@ -16,6 +16,7 @@ from samv2_kernels.weights import (
     ExpertAdapters,
     ExpertWeights,
     Surrogates,
+    WordWeights,
 )
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -112,6 +113,14 @@ def _check_weights(
         parts = dict(down=weights.down)
         dtypes = {torch.bfloat16}
         fits = x_TD.dtype in dtypes
+    elif isinstance(weights, WordWeights):
+        parts = dict(gate=weights.gate, up=weights.up, down=weights.down)
+        dtypes = {torch.bfloat16}
+        fits = x_TD.dtype in dtypes
+        if not x_TD.is_cuda:
+            faults.append(
+                f"x_TD is on {x_TD.device}; NF4 words are for GPUs: use Nf4Weights here"
+            )
     else:
         parts = dict(gate=weights.gate, up=weights.up, down=weights.down)
         dtypes = {torch.float32, torch.bfloat16}

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from samv2_kernels.nf4 import Nf4Experts, dequantise
+from samv2_kernels.nf4_layout import Nf4Words
+from samv2_kernels.nf4_nested import nested_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,53 @@ class DecodingWeights:
         return own + [self.down.codes_EH, self.down.absmax_EN]
 
 
-Blocks = ExpertWeights | Nf4Weights | DecodingWeights
+@dataclass(frozen=True, kw_only=True)
+class WordWeights:
+    """The base blocks of one layer in the order that GPU kernels read NF4 in.
+
+    :func:`samv2_kernels.nf4_layout.to_words` makes the parts. ``Nf4Weights`` on a GPU
+    are reordered anew in every call; these are not.
+    """
+
+    gate: Nf4Words
+    """B packed blocks of the gate projection."""
+    up: Nf4Words
+    """Of the up projection."""
+    down: Nf4Words
+    """Of the down projection, transposed: F x D as the others."""
+    base_E: Tensor | None = None
+    """As in :class:`ExpertWeights`."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.gate.shape[0] if self.base_E is None else len(self.base_E)
+
+    @property
+    def ffn_width(self) -> int:
+        """F."""
+        return self.gate.shape[1]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the op takes: words, magnitudes and, if nested, what they stand for.
+
+        Raises:
+            ValueError: some parts are nested and others are not.
+        """
+        parts = (self.gate, self.up, self.down)
+        plain = [part.words_BFW for part in parts] + [part.absmax_BFA for part in parts]
+        nested = [part.nested for part in parts if part.nested is not None]
+        if not nested:
+            return plain
+        if len(nested) < len(parts):
+            raise ValueError("gate, up and down must be nested alike")
+        second = [part.second_ES for part in nested]
+        offset = [part.offset_E for part in nested]
+        return [*plain, *second, *offset, nested_values(second[0].device)]
+
+
+Blocks = ExpertWeights | Nf4Weights | WordWeights | DecodingWeights
 """What the experts of a layer may be given as."""
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from samv2.common.errors import ModelError
 from samv2.experts.nf4 import check_packed, packed_name, saved_packed
 from samv2.experts.repair import Repair, repair_name
-from samv2_kernels import ExpertWeights, Nf4Weights, Surrogates
-from samv2_kernels.nf4 import Nf4Experts, dequantise, quantise
+from samv2_kernels import ExpertWeights, Nf4Weights, Surrogates, WordWeights
+from samv2_kernels.nf4 import BLOCK, Nf4Experts, dequantise, quantise
+from samv2_kernels.nf4_layout import Nf4Words, to_words
 
 GATE, UP, DOWN = "gate_EFD", "up_EFD", "down_EFD"
 
@@ -46,6 +47,7 @@ class FrozenBlocks(nn.Module):
         """Values of K that have a repair, rising."""
         self.packed: tuple[str, ...] = ()
         """Names of the blocks that are NF4."""
+        self._words: dict[str, tuple[Tensor, Nf4Words]] = {}
 
     @property
     def num_experts(self) -> int:
@@ -117,6 +119,19 @@ class FrozenBlocks(nn.Module):
             shape=self.shape,
         )
 
+    def words(self, name: str) -> Nf4Words:
+        """One of :attr:`packed` as GPU kernels read it; reordered once, then kept.
+
+        The codes stay as well, so on a GPU an NF4 block takes its half byte a weight
+        twice.
+        """
+        codes_EH = self.packed_block(name).codes_EH
+        kept = self._words.get(name)
+        if kept is None or kept[0] is not codes_EH:
+            kept = (codes_EH, to_words(self.packed_block(name)))
+            self._words[name] = kept
+        return kept[1]
+
     def pack(self, name: str, packed: Nf4Experts) -> None:
         """Put an NF4 form in a float block's place.
 
@@ -140,17 +155,26 @@ class FrozenBlocks(nn.Module):
             if name not in self.packed:
                 self.pack(name, quantise(getattr(self, name)))
 
-    def blocks(self, k: int, dtype: torch.dtype) -> ExpertWeights | Nf4Weights:
+    def blocks(
+        self, k: int, dtype: torch.dtype
+    ) -> ExpertWeights | Nf4Weights | WordWeights:
         """The blocks to compute K visits with, packed where all of them are NF4.
+
+        On a GPU, packed means words (:meth:`words`), for bfloat16 and widths that are a
+        multiple of 64; others are unpacked there.
 
         Args:
             k: K; its repair's down projection takes the base's place.
             dtype: of float blocks.
         """
         names = self._names(k)
-        if all(name in self.packed for name in names):
+        packed = all(name in self.packed for name in names)
+        if packed and not self.packed_block(GATE).codes_EH.is_cuda:
             gate, up, down = map(self.packed_block, names)
             return Nf4Weights(gate=gate, up=up, down=down)
+        if packed and dtype == torch.bfloat16 and self.shape[2] % BLOCK == 0:
+            gate, up, down = map(self.words, names)
+            return WordWeights(gate=gate, up=up, down=down)
         gate_EFD, up_EFD, down_EFD = (self.block(name, dtype) for name in names)
         return ExpertWeights(gate_EFD=gate_EFD, up_EFD=up_EFD, down_EFD=down_EFD)
 

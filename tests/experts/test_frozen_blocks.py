@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from samv2.common.errors import ModelError
+from samv2.experts.frozen_blocks import DOWN, GATE, UP, FrozenBlocks
 from samv2.experts.moe_layers import ExpertGraphMLP, WalkOptions
+from samv2_kernels import ExpertWeights
 from samv2_kernels.nf4 import BLOCK, dequantise, quantise
+from samv2_kernels.nf4_layout import from_words
 from tests.experts.test_moe_layers import (
     EXPERTS,
     ROWS,
@@ -105,3 +108,16 @@ def test_blocks_of_another_shape_are_refused() -> None:
     ):
         layer.pack("up_EFD", other)
     assert not layer.packed
+
+
+def test_words_are_made_once_and_anew_for_other_codes() -> None:
+    layer = FrozenBlocks(
+        ExpertWeights(**{n: randn(2, 3, 64, seed=1) for n in (GATE, UP, DOWN)}), None
+    )
+    layer.quantise()
+    first = layer.words(GATE)
+    assert torch.equal(from_words(first).codes_EH, layer.packed_block(GATE).codes_EH)
+    assert layer.words(GATE) is first
+    other = quantise(randn(2, 3, 64, seed=2))
+    layer.gate_codes_EH = other.codes_EH
+    assert torch.equal(from_words(layer.words(GATE)).codes_EH, other.codes_EH)

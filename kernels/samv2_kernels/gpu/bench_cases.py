@@ -19,13 +19,14 @@ from torch import Tensor
 import samv2_kernels as kernels
 from samv2_kernels import tuned
 from samv2_kernels.nf4 import quantise
+from samv2_kernels.nf4_layout import to_words
 from samv2_kernels.tune import Case
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 FORMS = ("bf16", "nf4")
 RANK = 16
 
-Weights = kernels.ExpertWeights | kernels.Nf4Weights
+Weights = kernels.ExpertWeights | kernels.Nf4Weights | kernels.WordWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +93,14 @@ def layer(shape: Shape, form: str, device: str = "cuda") -> Layer:
     plain = kernels.ExpertWeights(gate_EFD=gate, up_EFD=up, down_EFD=down)
     weights: Weights = plain
     if form == "nf4":
-        weights = kernels.Nf4Weights(
+        packed = kernels.Nf4Weights(
             gate=quantise(gate), up=quantise(up), down=quantise(down)
         )
-        plain = weights.unpack(torch.bfloat16)
+        plain, weights = packed.unpack(torch.bfloat16), packed
+        if device != "cpu":
+            parts = map(to_words, (packed.gate, packed.up, packed.down))
+            gate_words, up_words, down_words = parts
+            weights = kernels.WordWeights(gate=gate_words, up=up_words, down=down_words)
     return Layer(weights, plain, adapters(shape, device))
 
 
