@@ -112,10 +112,10 @@ def forms(make: Callable[[bool], list[nn.Module]]) -> dict[str, list[nn.Module]]
 
 
 @torch.no_grad()
-def best_of_bitsandbytes(
+def bitsandbytes_halves(
     blocks: list[Tensor], rows: list[tuple[int, Tensor]]
-) -> dict[str, float]:
-    """Seconds of the fastest forms of the two halves, with the SwiGLU between."""
+) -> dict[str, Callable[[], None]]:
+    """Every form of the two halves, the SwiGLU in the first."""
     experts = [e for e, _ in rows]
     gate, up, down = blocks
     enter = {
@@ -150,11 +150,10 @@ def best_of_bitsandbytes(
         for layer, hidden_nF in zip(layers, hidden):
             layer(hidden_nF)
 
-    halves = {
+    return {
         **{f"enter {n}": partial(run_enter, made) for n, made in enter.items()},
         **{f"leave {n}": partial(run_leave, made) for n, made in leave.items()},
     }
-    return medians(halves, REPEATS)
 
 
 @torch.no_grad()
@@ -192,22 +191,22 @@ def test_touched_experts(
         for e in range(EXPERTS)
         if bool(visited_TE[:, e].any())
     ]
-    theirs = best_of_bitsandbytes([block.to(DEVICE) for block in blocks], rows)
+    halves = bitsandbytes_halves([block.to(DEVICE) for block in blocks], rows)
+    ours = {n: partial(run, x_TD, visits, w) for n, w in forms_of_ours.items()}
+    with torch.no_grad():
+        seconds = medians(halves | ours, REPEATS)
     enter, leave = (
-        min((n for n in theirs if n.startswith(half)), key=theirs.__getitem__)
+        min((n for n in halves if n.startswith(half)), key=seconds.__getitem__)
         for half in ("enter", "leave")
     )
-    baseline = theirs[enter] + theirs[leave]
-    ours = medians(
-        {n: partial(run, x_TD, visits, w) for n, w in forms_of_ours.items()}, REPEATS
-    )
+    baseline = seconds[enter] + seconds[leave]
     print(f"\n{len(rows)} experts touched; {enter}; {leave}")
-    found = {f"x_{name}": baseline / seconds for name, seconds in ours.items()}
+    found = {f"x_{name}": baseline / seconds[name] for name in ours}
     report(
         benchmark,
-        their_enter=theirs[enter],
-        their_leave=theirs[leave],
-        **ours,
+        their_enter=seconds[enter],
+        their_leave=seconds[leave],
+        **{name: seconds[name] for name in ours},
         **found,
     )
     benchmark.pedantic(  # type: ignore[attr-defined]

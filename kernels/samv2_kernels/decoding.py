@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samv2_kernels.cpu.nf4 import bitsandbytes_loaded
+from samv2_kernels.cpu.nf4 import bitsandbytes
 from samv2_kernels.nf4 import BLOCK
 from samv2_kernels.weights import DecodingWeights, Nf4Weights
 
@@ -25,11 +25,10 @@ TILE = 32
 
 def can_decode(ffn_width: int, model_width: int) -> bool:
     """Whether this machine and these widths have the form; imports bitsandbytes."""
-    if (2 * ffn_width) % TILE or model_width % BLOCK or not bitsandbytes_loaded():
+    if (2 * ffn_width) % TILE or model_width % BLOCK:
         return False
-    from bitsandbytes.functional import has_avx512bf16
-
-    return bool(has_avx512bf16())
+    functions = bitsandbytes()
+    return functions is not None and bool(functions.has_avx512bf16())
 
 
 @torch.no_grad()

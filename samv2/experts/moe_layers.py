@@ -42,9 +42,9 @@ from samv2_kernels import (
 )
 from samv2_kernels.reference import choose_topk
 
-READ_ROWS, CALL_ROWS, MOVE_ROWS = 12, 6500, 30
-"""What grouping costs besides its products, in rows of an expert: reading its weights
-and, divided by its width, calling its products; and, a visit, moving its row."""
+READ_ROWS, CALL_WEIGHTS, MOVE_ROWS = 16, 3_600_000, 30
+"""What experts cost besides their products, in rows of an expert: reading its weights;
+divided by their number, calling its products; divided by its width, moving a row."""
 
 Recorder = Callable[[int, Walk], None]
 """Called with the layer's index and its walk on every forward pass."""
@@ -323,7 +323,7 @@ class ExpertGraphMLP(FrozenBlocks):
         """Whether visits run grouped by expert rather than as one masked FFN."""
         if self.chains or x_TD.is_cuda:
             return True
-        return grouping_pays(len(x_TD), visits, self.num_experts, self.shape[1])
+        return grouping_pays(len(x_TD), visits, self.shape)
 
     def _weigh(self, scores_TE: Tensor, walked: Visits) -> Tensor:
         """Combine weights of the visited experts, (T, E) float32."""
@@ -368,21 +368,21 @@ class ExpertGraphMLP(FrozenBlocks):
         return y_TD + self.stand_in(x_TD, k) if repaired else y_TD
 
 
-def grouping_pays(tokens: int, visits: int, num_experts: int, width: int) -> bool:
+def grouping_pays(tokens: int, visits: int, shape: tuple[int, int, int]) -> bool:
     """Whether grouped experts beat the masked dense FFN on a CPU.
 
     Both are counted in rows that pass through one expert; ``bench/bench_experts.py``
-    measures what the constants stand for.
+    measures what comes of it.
 
     Args:
         tokens: T.
         visits: K.
-        num_experts: E.
-        width: F.
+        shape: (E, F, D) of the blocks.
     """
+    num_experts, width, model_width = shape
     touched = min(num_experts, tokens * visits)
     moved = tokens * visits * (1 + MOVE_ROWS / width)
-    grouped = moved + touched * (READ_ROWS + CALL_ROWS / width)
+    grouped = moved + touched * (READ_ROWS + CALL_WEIGHTS / (width * model_width))
     return grouped < (tokens + READ_ROWS) * num_experts
 
 

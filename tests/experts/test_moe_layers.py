@@ -669,27 +669,32 @@ def test_the_order_of_visits_is_found_only_where_it_is_looked_at(
     assert calls == ["visit", "walk", "walk", "visit"]
 
 
+LLAMA_7B, SMOLLM2, NARROW = (16, 688, 4096), (16, 96, 576), (64, 24, 576)
+
+
 @pytest.mark.parametrize(
-    "tokens, visits, experts, width, grouped",
+    "tokens, visits, shape, grouped",
     [
-        (512, 2, 16, 688, True),
-        (512, 8, 16, 688, True),
-        (16, 2, 16, 688, True),
-        (1, 2, 16, 688, True),
-        (512, 16, 16, 688, False),
-        (1024, 2, 16, 96, True),
-        (1024, 8, 16, 96, True),
-        (1024, 15, 16, 96, False),
-        (64, 2, 16, 96, False),
-        (1024, 4, 64, 24, True),
-        (64, 4, 64, 24, False),
-        (1024, 1, 1, 1536, False),
+        (512, 2, LLAMA_7B, True),
+        (512, 8, LLAMA_7B, True),
+        (16, 8, LLAMA_7B, True),
+        (16, 15, LLAMA_7B, False),
+        (1, 2, LLAMA_7B, True),
+        (512, 16, LLAMA_7B, False),
+        (1024, 2, SMOLLM2, True),
+        (1024, 8, SMOLLM2, True),
+        (1024, 15, SMOLLM2, False),
+        (64, 2, SMOLLM2, False),
+        (1024, 16, NARROW, True),
+        (1024, 32, NARROW, False),
+        (64, 4, NARROW, False),
+        (1024, 1, (1, 1536, 576), False),
     ],
 )
 def test_grouping_pays_where_enough_work_is_left_out(
-    tokens: int, visits: int, experts: int, width: int, grouped: bool
+    tokens: int, visits: int, shape: tuple[int, int, int], grouped: bool
 ) -> None:
-    assert moe_layers.grouping_pays(tokens, visits, experts, width) == grouped
+    assert moe_layers.grouping_pays(tokens, visits, shape) == grouped
 
 
 def test_chains_are_always_grouped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,18 @@ def test_unpacking_gives_the_bits_of_the_format(
         assert found.dtype == dtype and torch.equal(found, expected[e])
 
 
+def test_without_bitsandbytes_large_experts_unpack_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_nf4, "bitsandbytes", lambda: None)
+    monkeypatch.setattr(cpu_nf4, "WORTH_AN_IMPORT", 0)
+    packed = quantise(randn(1, 64, 65, seed=6))
+    found = cpu_nf4.unpack(
+        packed.codes_EH[0], packed.absmax_EN[0], (64, 65), torch.bfloat16
+    )
+    assert torch.equal(found, dequantise(packed, torch.bfloat16)[0])
+
+
 def test_every_byte_unpacks_to_its_two_levels() -> None:
     codes = torch.arange(256, dtype=torch.uint8).unsqueeze(0)
     packed = Nf4Experts(

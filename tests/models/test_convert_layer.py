@@ -87,7 +87,7 @@ def test_experts_own_the_rows_of_the_order() -> None:
             assert torch.equal(weights.gate_EFD[expert, row], gate_MD[owned])
             assert torch.equal(weights.up_EFD[expert, row], up_MD[owned])
             assert torch.equal(weights.down_EFD[expert, row], down_DM[:, owned])
-    assert all(value.is_contiguous() for value in vars(weights).values())
+    assert all(part.is_contiguous() for part in weights.tensors)
 
 
 def test_the_built_layer_is_the_dense_one_with_all_experts(

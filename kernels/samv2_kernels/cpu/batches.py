@@ -8,7 +8,9 @@ Shapes: T tokens, E experts, K slots, N = T K visits, n rows of a batch, X colum
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,11 @@ class Batch:
 
     def __len__(self) -> int:
         return self.rows.stop - self.rows.start
+
+    def by_expert(self, *rows_nX: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Each group with its part of every argument."""
+        sizes = [group.rows.stop - group.rows.start for group in self.groups]
+        return zip(self.groups, *(rows.split(sizes) for rows in rows_nX))
 
     def of_visits(self, values_TK: Tensor) -> Tensor:
         """(n, 1): what every visit has a number of."""

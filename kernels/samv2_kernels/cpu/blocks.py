@@ -30,7 +30,7 @@ class FloatBlocks:
     """Blocks in the dtype of the rows."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
-        self.parts = parts
+        self.parts = [part.unbind() for part in parts]
 
     def weight(self, part: int, block: int) -> Tensor:
         return self.parts[part][block]

@@ -69,16 +69,14 @@ def expert_mlp_forward(
         x = batch.of_tokens(x_TD, rows_nD)
         gate = gate_NF[batch.rows] if save else gate_nF[rows]
         up = up_NF[batch.rows] if save else up_nF[rows]
-        for group in batch.groups:
-            own = group.rows
-            blocks.enter(group.block, x[own], gate[own], up[own])
+        for group, x_rows, gate_rows, up_rows in batch.by_expert(x, gate, up):
+            blocks.enter(group.block, x_rows, gate_rows, up_rows)
         if rank is not None:
             rank.enter(batch, gate, up)
         hidden = silu(gate).mul_(up).mul_(batch.of_visits(combine_TK))
         y = x  # Its rows have been read.
-        for group in batch.groups:
-            own = group.rows
-            torch.mm(hidden[own], blocks.weight(DOWN, group.block), out=y[own])
+        for group, hidden_rows, y_rows in batch.by_expert(hidden, y):
+            torch.mm(hidden_rows, blocks.weight(DOWN, group.block), out=y_rows)
         if stand_ins is not None:
             stand_ins.subtract(batch, y)
         batch.add(y_TD, y, wide_nD)
@@ -128,9 +126,8 @@ def expert_mlp_backward(
         rows = slice(0, len(batch))
         gate, up = gate_NF[batch.rows], up_NF[batch.rows]
         dy, dh = batch.of_tokens(grad_TD, rows_nD), dh_nF[rows]
-        for group in batch.groups:
-            own = group.rows
-            torch.mm(dy[own], blocks.weight(DOWN, group.block).T, out=dh[own])
+        for group, dy_rows, dh_rows in batch.by_expert(dy, dh):
+            torch.mm(dy_rows, blocks.weight(DOWN, group.block).T, out=dh_rows)
         if dstand_ins is not None:
             dstand_ins.subtract(batch, dy)
         dup = silu(gate)
@@ -142,11 +139,10 @@ def expert_mlp_backward(
         dup.mul_(dh.mul_(weight_n1))
         dgate = torch.ops.aten.silu_backward(dh.mul_(up), gate)
         dx = dy  # Its rows have been read.
-        for group in batch.groups:
-            own = group.rows
-            torch.mm(dgate[own], blocks.weight(GATE, group.block), out=dx[own])
+        for group, dgate_rows, dup_rows, dx_rows in batch.by_expert(dgate, dup, dx):
+            torch.mm(dgate_rows, blocks.weight(GATE, group.block), out=dx_rows)
             up_FD = blocks.weight(UP, group.block)
-            torch.addmm(dx[own], dup[own], up_FD, out=dx[own])
+            torch.addmm(dx_rows, dup_rows, up_FD, out=dx_rows)
         batch.add(dx_TD, dx, wide_nD)
         if drank is not None:
             drank.enter(batch, dgate, dup)

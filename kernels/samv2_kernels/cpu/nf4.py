@@ -5,10 +5,12 @@ Shapes: D model width, F rows an expert, n rows of inputs.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from functools import cache
 from math import prod
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ def unpack(
         dtype: float32 or bfloat16.
     """
     weights = prod(shape)
-    if weights >= WORTH_AN_IMPORT and weights % 2 == 0 and bitsandbytes_loaded():
+    if weights >= WORTH_AN_IMPORT and weights % 2 == 0 and bitsandbytes():
         flat = torch.ops.bitsandbytes.dequantize_4bit(
             codes_H, absmax_N, BLOCK, "nf4", (weights,), dtype
         )
@@ -57,15 +59,13 @@ def project(x_nD: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
 
 
 @cache
-def bitsandbytes_loaded() -> bool:
-    """Import bitsandbytes if there is one, which takes seconds; whether its ops exist."""
+def bitsandbytes() -> ModuleType | None:
+    """Its functions, or None where it is missing; importing it takes seconds."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        return False
+        return None
     # It warns of an optional package whose fused product is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    import bitsandbytes  # noqa: F401
-
-    return True
+    return importlib.import_module("bitsandbytes.functional")
 
 
 @cache

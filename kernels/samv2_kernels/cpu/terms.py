@@ -28,17 +28,16 @@ class Rank:
         """Add to the inputs of silu(gate) up."""
         low_gate_nR = batch.of_tokens(self.low_gate_TR)
         low_up_nR = batch.of_tokens(self.low_up_TR)
-        for group in batch.groups:
-            e, rows = group.expert, group.rows
-            gate_nF[rows].addmm_(low_gate_nR[rows], self.gate_EFR[e].T)
-            up_nF[rows].addmm_(low_up_nR[rows], self.up_EFR[e].T)
+        parts = batch.by_expert(gate_nF, up_nF, low_gate_nR, low_up_nR)
+        for group, gate, up, low_gate, low_up in parts:
+            gate.addmm_(low_gate, self.gate_EFR[group.expert].T)
+            up.addmm_(low_up, self.up_EFR[group.expert].T)
 
     def leave(self, batch: Batch, hidden_nF: Tensor, low_down_TR: Tensor) -> None:
         """Add the weighted hidden rows' part of the down projection."""
         low_nR = hidden_nF.new_empty((len(batch), self.down_ERF.shape[1]))
-        for group in batch.groups:
-            down_FR = self.down_ERF[group.expert].T
-            torch.mm(hidden_nF[group.rows], down_FR, out=low_nR[group.rows])
+        for group, hidden, low in batch.by_expert(hidden_nF, low_nR):
+            torch.mm(hidden, self.down_ERF[group.expert].T, out=low)
         batch.add(low_down_TR, low_nR)
 
 
@@ -64,10 +63,10 @@ class RankGradients:
         """Through the down projection: the rows' gradient, and their part of dh."""
         grad_nR = batch.of_tokens(grad_low_TR)
         weighted_nR = (grad_nR * weight_n1).to(hidden_nF.dtype)
-        for group in batch.groups:
-            e, rows = group.expert, group.rows
-            dh_nF[rows].addmm_(grad_nR[rows], self.rank.down_ERF[e])
-            torch.mm(weighted_nR[rows].T, hidden_nF[rows], out=self.down_ERF[e])
+        parts = batch.by_expert(dh_nF, grad_nR, weighted_nR, hidden_nF)
+        for group, dh, grad, weighted, hidden in parts:
+            dh.addmm_(grad, self.rank.down_ERF[group.expert])
+            torch.mm(weighted.T, hidden, out=self.down_ERF[group.expert])
 
     def enter(self, batch: Batch, dgate_nF: Tensor, dup_nF: Tensor) -> None:
         """Through the gate and up projections."""
@@ -84,10 +83,9 @@ class RankGradients:
         ):
             low_nR = batch.of_tokens(low_TR)
             dlow_nR = torch.empty_like(low_nR)
-            for group in batch.groups:
-                e, rows = group.expert, group.rows
-                torch.mm(d_nF[rows].T, low_nR[rows], out=dpart_EFR[e])
-                torch.mm(d_nF[rows], part_EFR[e], out=dlow_nR[rows])
+            for group, d, low, dlow in batch.by_expert(d_nF, low_nR, dlow_nR):
+                torch.mm(d.T, low, out=dpart_EFR[group.expert])
+                torch.mm(d, part_EFR[group.expert], out=dlow)
             batch.add(dlow_TR, dlow_nR)
 
 
@@ -103,8 +101,8 @@ class StandIns:
         """y -= r (U x) V_e^T."""
         low_nQ = batch.of_tokens(self.low_TQ)
         low_nQ.mul_(-batch.of_visits(self.reached_TK))
-        for group in batch.groups:
-            y_nD[group.rows].addmm_(low_nQ[group.rows], self.out_EQD[group.expert])
+        for group, y, low in batch.by_expert(y_nD, low_nQ):
+            y.addmm_(low, self.out_EQD[group.expert])
 
 
 class StandInGradients:
@@ -119,9 +117,8 @@ class StandInGradients:
         """Through y -= r (U x) V_e^T."""
         low_nQ = batch.of_tokens(self.stand_ins.low_TQ)
         back_nQ = torch.empty_like(low_nQ)
-        for group in batch.groups:
-            out_DQ = self.stand_ins.out_EQD[group.expert].T
-            torch.mm(dy_nD[group.rows], out_DQ, out=back_nQ[group.rows])
+        for group, dy, back in batch.by_expert(dy_nD, back_nQ):
+            torch.mm(dy, self.stand_ins.out_EQD[group.expert].T, out=back)
         product_n = low_nQ.mul_(back_nQ).sum(1, dtype=self.reached_TK.dtype)
         self.reached_TK.view(-1)[batch.visit_n] = -product_n
         back_nQ.mul_(-batch.of_visits(self.stand_ins.reached_TK))
