@@ -18,6 +18,8 @@ MARGIN = 256
 def guarded(poison: int) -> Iterator[list[Tensor]]:
     """Fill what ``Tensor.new_empty`` gives with ``poison``, and watch what is around it.
 
+    What ``Tensor.new_zeros`` gives is watched too.
+
     An element that a kernel does not write keeps the poison: two runs with different
     poisons that agree have written everything. Floats are filled with NaN instead, which
     shows in one run.
@@ -28,14 +30,23 @@ def guarded(poison: int) -> Iterator[list[Tensor]]:
     buffers: list[Tensor] = []
     new_empty = Tensor.new_empty
 
-    def poisoned(like: Tensor, *shape: Any, **options: Any) -> Tensor:
+    def within(like: Tensor, shape: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
         sizes = torch.Size(shape[0] if not isinstance(shape[0], int) else shape)
         buffer = new_empty(like, prod(sizes) + 2 * MARGIN, **options)
         buffer.fill_(torch.nan if buffer.is_floating_point() else poison)
         buffers.append(buffer)
         return buffer[MARGIN : buffer.numel() - MARGIN].view(sizes)
 
-    with mock.patch.object(Tensor, "new_empty", poisoned):
+    def poisoned(like: Tensor, *shape: Any, **options: Any) -> Tensor:
+        return within(like, shape, options)
+
+    def zeroed(like: Tensor, *shape: Any, **options: Any) -> Tensor:
+        return within(like, shape, options).zero_()
+
+    with (
+        mock.patch.object(Tensor, "new_empty", poisoned),
+        mock.patch.object(Tensor, "new_zeros", zeroed),
+    ):
         yield buffers
     for buffer in buffers:
         margins = torch.cat([buffer[:MARGIN], buffer[-MARGIN:]])

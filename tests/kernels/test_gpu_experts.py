@@ -7,7 +7,7 @@ with NaN first; tokens without visits and experts without tokens hold NaN.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samv2_kernels import sort_visits, tuned
+from samv2_kernels import cpu, grouped_experts, sort_visits, tuned
+from samv2_kernels.gpu.blocks import aligned
 from samv2_kernels.gpu.configs import TABLE
 from samv2_kernels.gpu.experts import expert_mlp_backward, expert_mlp_forward
 from samv2_kernels.nf4 import dequantise, quantise
@@ -24,6 +25,7 @@ from samv2_kernels.nf4_nested import nested_values
 from tests.helpers import generator, randn
 from tests.kernels.guarded import guarded
 from tests.kernels.interpreter import exact
+from tests.kernels.test_grouped_mlp import make_problem
 
 NAMES = ("x", "combine", "low gate", "low up", "gate", "up", "down", "low", "reached")
 LARGEST = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
@@ -286,6 +288,8 @@ def test_all_tokens_on_one_expert(kind: str) -> None:
 def test_every_shipped_configuration(kernel: str, kind: str) -> None:
     """Whatever the rule chooses: each tile of the table gives the right result."""
     problem_kind = "nf4" if kernel in ("project", "adapter_grad") else kind
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    problem_kind = problem_kind.removesuffix("32")
     for config in TABLE[kernel, kind]:
         chosen = {
             "rows": config.rows,
@@ -295,7 +299,8 @@ def test_every_shipped_configuration(kernel: str, kind: str) -> None:
             "stages": config.stages,
         }
         with tuned.forced(kernel, chosen):
-            check(make(21, 2, 1, kind=problem_kind))
+            check(make(21, 2, 2, kind=problem_kind, dtype=dtype))
+            check(make(150, 1, 1, kind=problem_kind, dtype=dtype, width=33, model=64))
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-3, 1e9])
@@ -313,15 +318,124 @@ def test_gradients_of_any_size_keep_their_accuracy(size: float) -> None:
         assert torch.equal(power * small, large), name
 
 
-def test_a_gradient_that_is_not_finite_shows() -> None:
-    problem = make(
-        4, 2, 1, rank=0, stand_in=0, ids_TK=torch.tensor([[0], [1], [0], [1]])
-    )
+@pytest.mark.parametrize("size", [1e-7, 1e7])
+def test_combine_weights_of_any_size_keep_the_accuracy(size: float) -> None:
+    problem = make(18, 3, 2, stand_in=0)
+    check(replace(problem, combine_TK=size * problem.combine_TK))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_gradient_that_is_not_finite_shows(value: float) -> None:
+    """In its row, and in no other."""
+    ids_TK = torch.arange(30).unsqueeze(1) % 2
+    problem = make(30, 2, 1, rank=0, stand_in=0, width=8, ids_TK=ids_TK)
     y_TD, l_TR, gate_NF, up_NF = expert_mlp_forward(*problem.arguments(), True)
     dy_TD = torch.ones_like(y_TD)
-    dy_TD[1, 3] = torch.nan
+    dy_TD[::3, 3] = value
     dx_TD = expert_mlp_backward(dy_TD, l_TR, *problem.arguments(), gate_NF, up_NF)[0]
-    assert not dx_TD[1].isfinite().any() and dx_TD[[0, 2, 3]].isfinite().all()
+    whole = torch.arange(30) % 3 != 0
+    assert dx_TD[whole].isfinite().all()
+    assert not dx_TD[~whole].isfinite().all(dim=1).any()
+
+
+def test_an_input_that_is_not_finite_shows() -> None:
+    problem = make(6, 2, 1, rank=0, stand_in=0, ids_TK=torch.zeros(6, 1).long())
+    problem.x_TD[2, 5] = torch.inf
+    y_TD = expert_mlp_forward(*problem.arguments(), False)[0]
+    assert not y_TD[2].isfinite().any() and y_TD[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+def strided(tensor: Tensor | None) -> Tensor | None:
+    """The same values, transposed in memory."""
+    if tensor is None or tensor.dim() < 2:
+        return tensor
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "float"])
+def test_strides_do_not_matter(kind: str) -> None:
+    problem = make(11, 3, 2, kind=kind)
+    other = replace(
+        problem,
+        x_TD=strided(problem.x_TD),
+        combine_TK=strided(problem.combine_TK),
+        weights=[strided(each) for each in problem.weights],
+        rank=tuple(map(strided, problem.rank)),
+        stand_in=tuple(map(strided, problem.stand_in)),
+    )
+    dy_TD, dl_TR = randn(11, 128, seed=20), randn(11, 3, seed=21)
+    outcomes = []
+    for each, dy, dl in (
+        (problem, dy_TD, dl_TR),
+        (other, strided(dy_TD), strided(dl_TR)),
+    ):
+        found = expert_mlp_forward(*each.arguments(), True)
+        grads = expert_mlp_backward(dy, dl, *each.arguments(), *found[2:])
+        assert all(grad.is_contiguous() for grad in grads)
+        used = slice(0, int((problem.ids_TK >= 0).sum()))
+        outcomes.append((*found[:2], found[2][used], found[3][used], *grads))
+    for one, two in zip(*outcomes):
+        assert torch.equal(one, two)
+
+
+def test_an_expanded_gradient_is_read_as_what_it_stands_for() -> None:
+    problem = make(7, 2, 1, kind="float", dtype=torch.float32)
+    y_TD, l_TR, gate_NF, up_NF = expert_mlp_forward(*problem.arguments(), True)
+    one, zero = torch.ones(1, 1), torch.zeros_like(l_TR)
+    outcomes = [
+        expert_mlp_backward(dy_TD, zero, *problem.arguments(), gate_NF, up_NF)
+        for dy_TD in (one.expand(7, 128), torch.ones(7, 128))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes))
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("surrogates", [False, True])
+@pytest.mark.parametrize("chains", [False, True])
+def test_through_the_op_and_autograd(
+    adapters: bool, surrogates: bool, chains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With these kernels as the op's, the public function gives what the CPU gives."""
+    monkeypatch.setattr(cpu, "expert_mlp_forward", expert_mlp_forward)
+    monkeypatch.setattr(cpu, "expert_mlp_backward", expert_mlp_backward)
+    outcomes = []
+    for dtype in (torch.float32, torch.float64):
+        if dtype == torch.float64:
+            monkeypatch.undo()
+        problem = make_problem(
+            9,
+            4,
+            2,
+            width=5,
+            model=32,
+            adapters=adapters,
+            surrogates=surrogates,
+            chains=chains,
+            dtype=dtype,
+        )
+        frozen = (problem.weights, problem.surrogates)
+        for part in frozen:
+            for field in () if part is None else fields(part):
+                tensor = getattr(part, field.name)
+                if tensor is not None:
+                    tensor.requires_grad_(False)
+        y_TD = grouped_experts(
+            problem.x_TD,
+            problem.walked,
+            problem.combine_TE,
+            problem.weights,
+            edge_strength_EE=problem.edge_strength_EE,
+            **problem.arguments(),
+        )
+        leaves = problem.leaves()
+        loss = (y_TD * y_TD.detach()).sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        found = {"y": y_TD.detach(), **dict(zip(leaves, grads))}
+        outcomes.append({n: value for n, value in found.items() if value is not None})
+    single, double = outcomes
+    assert single.keys() == double.keys() and {"x", "combine"} < single.keys()
+    for name, found in single.items():
+        assert error(found, double[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("kind", ["nf4", "float"])
@@ -350,7 +464,7 @@ def test_results_do_not_depend_on_the_other_rows(kind: str) -> None:
     smallest = {
         kernel: TABLE[kernel, which][0]
         for kernel, which in TABLE
-        if which in (kind, "float")
+        if which == (kind if (kernel, kind) in TABLE else "float")
     }
     whole, order = torch.arange(34), torch.randperm(34, generator=generator(5))
     with _configured(smallest):
@@ -387,7 +501,7 @@ def test_nf4_loses_little_more_than_dequantising_first() -> None:
         found = {"y": y_TD.bfloat16(), "l": l_TR.bfloat16()}
         found |= dict(zip(NAMES, grads))
         errors.append({name: error(found[name], wanted[name]) for name in found})
-    for name in ("y", "x", "combine", "low gate", "low up"):
+    for name in ("y", "l", *NAMES[:7]):
         assert 0 < errors[0][name] <= 1.1 * errors[1][name], (name, errors)
 
 
@@ -419,6 +533,34 @@ def test_what_cannot_be_multiplied_is_refused() -> None:
     wrong[4] = wrong[4][:4]
     with pytest.raises(ValueError, match="got 4 weight tensors"):
         expert_mlp_forward(*wrong, False)
+
+
+def test_rows_that_are_no_whole_blocks_are_refused() -> None:
+    packed = [quantise(randn(2, 6, 96, seed=i)) for i in range(3)]
+    weights = [each.codes_EH for each in packed] + [each.absmax_EN for each in packed]
+    problem = make(4, 2, 1, rank=0, stand_in=0, width=6)
+    narrow = replace(problem, x_TD=problem.x_TD[:, :96], weights=weights)
+    with pytest.raises(ValueError, match="width is 96; NF4 kernels need a multiple"):
+        expert_mlp_forward(*narrow.arguments(), False)
+    other = replace(problem, weights=make(4, 2, 1, width=8).weights)
+    with pytest.raises(ValueError, match="a block has 1024 codes"):
+        expert_mlp_forward(*other.arguments(), False)
+
+
+def test_weights_at_odd_addresses_are_moved() -> None:
+    """16-byte loads need addresses that are multiples of 16."""
+    problem = make(6, 2, 1, kind="float", rank=0, stand_in=0)
+    shifted = []
+    for each in problem.weights:
+        store = torch.empty(each.numel() + 1, dtype=each.dtype)
+        view = store[1:].view(each.shape).copy_(each)
+        assert view.data_ptr() % 16
+        shifted.append(view)
+    assert all(aligned(each).data_ptr() % 16 == 0 for each in shifted)
+    assert aligned(problem.weights[0]) is problem.weights[0]
+    moved = replace(problem, weights=shifted)
+    outcomes = [expert_mlp_forward(*p.arguments(), False)[0] for p in (problem, moved)]
+    assert torch.equal(*outcomes)
 
 
 def test_bytes_of_bitsandbytes_are_taken_too() -> None:

@@ -1,13 +1,13 @@
 """Rows times W: the reduction runs along an expert's rows, the result goes to tokens.
 
 Forward: y[t] += c (h W_d) - r (z V), with z V the surrogate of the visited expert.
-Backward: dx[t] += dg W_g + du W_u. All visits of one launch belong to one slot, so no
+Backward: dx[t] += c (dg W_g + du W_u). All visits of one launch belong to one slot, so no
 two of them touch the same token: a plain read-modify-write in float32, no atomics, the
 same bits on every run.
 
 Of NF4 weights, magnitudes vary along the reduction, so they are multiplied into the
-hidden units, in float16 (:mod:`samv2_kernels.gpu.tiles`); a product of a hidden unit and
-a magnitude must stay below 32,752. One warp owns 64 columns: of several, each would
+hidden units, in float16 (:mod:`samv2_kernels.gpu.tiles`): a product of a hidden unit and
+a magnitude overflows, visibly, from 32,752 on, one of a gradient from 8,188. One warp owns 64 columns: of several, each would
 decode all weights.
 
 Shapes: T tokens, K slots, N = T K visits, D model width, B stored experts, F rows an
@@ -276,7 +276,7 @@ def _add_rows(
     tl.store(place, tl.load(place, mask=live, other=0.0) + acc, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles_ptr"])
 def to_tokens_kernel(
     rows_ptr,
     order_ptr,
@@ -308,13 +308,14 @@ def to_tokens_kernel(
     SECONDS: tl.constexpr,
     HAS_BASE: tl.constexpr,
     TWO: tl.constexpr,
-    COMBINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Grid: (column tiles of BLOCK_N, row tiles of one slot); BLOCK_N = 64 for NF4."""
-    expert, first, stop = tile_of(tiles_ptr, tl.program_id(1))
+    """Grid: row tiles of one slot, and in each the column tiles of BLOCK_N (NF4: 64)."""
+    columns = tl.cdiv(D, BLOCK_N)
+    number = tl.program_id(0) % columns
+    expert, first, stop = tile_of(tiles_ptr, tl.program_id(0) // columns)
     if expert < 0:
         return
     bank = expert.to(tl.int64)
@@ -323,12 +324,9 @@ def to_tokens_kernel(
         block = tl.load(base_ptr + expert).to(tl.int64)
     row = first + tl.arange(0, BLOCK_M)
     near_row = tl.minimum(row, stop - 1)
-    number = tl.program_id(0)
     visit = tl.load(order_ptr + near_row)
     token = visit // SLOTS
-    weight = tl.full((BLOCK_M,), 1.0, tl.float32)
-    if COMBINE:
-        weight = tl.load(combine_ptr + visit)
+    weight = tl.load(combine_ptr + visit)
     low = weight
     if Q > 0:
         q = tl.arange(0, RANK_BLOCK)

@@ -4,9 +4,10 @@ Forward: g = x W_g^T + a B_g^T, u = x W_u^T + b B_u^T, h = silu(g) u, with a, b 
 tokens' low-rank inputs. Gate and up columns alternate in one tile, so that one product
 feeds all warps and SwiGLU finds both in the same thread.
 
-Backward through the down projection: r = dy W_d^T + q A_d, then, with c the visit's
-combine weight, dh = c r, dg = dh u silu'(g), du = dh silu(g) and dc = h . r, which needs
-no output to be recomputed.
+Backward through the down projection: r = dy W_d^T + q A_d, then dg = r u silu'(g),
+du = r silu(g) and dc = h . r, which needs no output to be recomputed. The visit's combine
+weight c is left out of dg and du, so that its size does not matter to float16; who reads
+them multiplies by it.
 
 Rows are read in place through the visit order. Weights are floats, or NF4 words that are
 decoded in registers; of those, partial sums of a block of 64 are scaled in float32, so
@@ -123,7 +124,7 @@ def _low_rank(
     return tl.dot(low, matrix.to(low.dtype), acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles_ptr"])
 def gate_up_kernel(
     x_ptr,
     order_ptr,
@@ -160,18 +161,20 @@ def gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid: (column tiles of BLOCK_N / 2 hidden units, row tiles)."""
-    expert, first, stop = tile_of(tiles_ptr, tl.program_id(1))
+    """Grid: row tiles, and in each the column tiles of BLOCK_N / 2 hidden units."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    columns = tl.cdiv(F, HALF)
+    number = tl.program_id(0) % columns
+    expert, first, stop = tile_of(tiles_ptr, tl.program_id(0) // columns)
     if expert < 0:
         return
-    HALF: tl.constexpr = BLOCK_N // 2
     block = expert.to(tl.int64)
     if HAS_BASE:
         block = tl.load(base_ptr + expert).to(tl.int64)
     row = first + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_N)
     is_up = lane % 2 == 1
-    near = tl.minimum(tl.program_id(0) * HALF + lane // 2, F - 1)
+    near = tl.minimum(number * HALF + lane // 2, F - 1)
     token = tl.load(order_ptr + tl.minimum(row, stop - 1)) // SLOTS
     x_row = x_ptr + token.to(tl.int64) * D
     if NF4:
@@ -208,7 +211,7 @@ def gate_up_kernel(
             weights = tl.multiple_of(weights, 16)
         acc = _float_products(x_row, weights, length, D, BLOCK_M, BLOCK_N, BLOCK_K)
     gate, up = tl.split(tl.reshape(acc, (BLOCK_M, HALF, 2)))
-    col = tl.program_id(0) * HALF + tl.arange(0, HALF)
+    col = number * HALF + tl.arange(0, HALF)
     if R > 0:
         matrix_row = (expert.to(tl.int64) * F + tl.minimum(col, F - 1)) * R
         gate = _low_rank(
@@ -227,7 +230,7 @@ def gate_up_kernel(
     tl.store(hidden_ptr + start + place, hidden, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles_ptr"])
 def hidden_grad_kernel(
     dy_ptr,
     order_ptr,
@@ -240,7 +243,6 @@ def hidden_grad_kernel(
     table_ptr,
     low_ptr,
     rows_ptr,
-    combine_ptr,
     gate_ptr,
     up_ptr,
     gate_grad_ptr,
@@ -260,8 +262,10 @@ def hidden_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid: (column tiles of BLOCK_N hidden units, row tiles)."""
-    expert, first, stop = tile_of(tiles_ptr, tl.program_id(1))
+    """Grid: row tiles, and in each the column tiles of BLOCK_N hidden units."""
+    columns = tl.cdiv(F, BLOCK_N)
+    number = tl.program_id(0) % columns
+    expert, first, stop = tile_of(tiles_ptr, tl.program_id(0) // columns)
     if expert < 0:
         return
     block = expert.to(tl.int64)
@@ -269,10 +273,9 @@ def hidden_grad_kernel(
         block = tl.load(base_ptr + expert).to(tl.int64)
     row = first + tl.arange(0, BLOCK_M)
     near_row = tl.minimum(row, stop - 1)
-    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = number * BLOCK_N + tl.arange(0, BLOCK_N)
     near = tl.minimum(col, F - 1)
-    visit = tl.load(order_ptr + near_row)
-    token = visit // SLOTS
+    token = tl.load(order_ptr + near_row) // SLOTS
     dy_row = dy_ptr + token.to(tl.int64) * D
     if NF4:
         W: tl.constexpr = D // 4
@@ -306,11 +309,10 @@ def hidden_grad_kernel(
     live = (row < stop)[:, None] & (col < F)[None, :]
     gate = tl.load(gate_ptr + start + place, mask=live, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + start + place, mask=live, other=0.0).to(tl.float32)
-    part = row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    part = row.to(tl.int64) * columns + number
     open_gate = tl.sigmoid(gate)
     share = tl.sum(gate * open_gate * up * raw, axis=1)
     tl.store(combine_part_ptr + part, share, mask=row < stop)
-    raw *= tl.load(combine_ptr + visit)[:, None]
     up_grad = raw * gate * open_gate
     gate_grad = raw * up * open_gate * (1 + gate * (1 - open_gate))
     if NF4:

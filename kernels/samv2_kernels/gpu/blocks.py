@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from samv2_kernels.nf4 import BLOCK
-from samv2_kernels.nf4_layout import bytes_to_words, check_width
+from samv2_kernels.nf4_layout import PLANES, bytes_to_words, check_width
 
 FLOATS, NF4, NESTED = 3, 6, 13
 HIDDEN_SHARE = 0.25
@@ -39,7 +39,7 @@ class Blocks:
     """Gate, up and transposed down projection."""
 
     kind: str
-    """``float``, ``nf4`` or ``nested``."""
+    """``float``, ``float32``, ``nf4`` or ``nested``."""
     parts: tuple[Part, Part, Part]
     table: Tensor
     """(256,) float32 of nested magnitudes."""
@@ -47,7 +47,7 @@ class Blocks:
     @property
     def nf4(self) -> bool:
         """Whether weights are 4 bits."""
-        return self.kind != "float"
+        return self.kind in ("nf4", "nested")
 
     @property
     def nested(self) -> bool:
@@ -81,25 +81,34 @@ class Blocks:
         return torch.ldexp(torch.ones_like(largest_T1), exponent_T1.clamp(-120, 120))
 
 
-def blocks_of(weights: Sequence[Tensor], dtype: torch.dtype) -> Blocks:
+def blocks_of(weights: Sequence[Tensor], x_TD: Tensor, ffn_width: int) -> Blocks:
     """Tell what kind of weights an op was given.
 
     Args:
         weights: 3 float tensors; or 3 of codes and 3 of magnitudes; or 3 of codes, 3 of
             8-bit magnitudes, 3 of second-level magnitudes, 3 offsets and one table.
             Codes are int16 words, or bytes, which are reordered in every call.
-        dtype: of the inputs.
+        x_TD: the inputs.
+        ffn_width: F.
 
     Raises:
-        ValueError: NF4 with inputs other than bfloat16, or rows that are no whole
-            quantisation blocks, or another number of tensors.
+        ValueError: inputs that kernels do not multiply with these weights, or rows that
+            are no whole quantisation blocks, or wrong sizes or numbers of tensors.
     """
+    dtype, size = x_TD.dtype, ffn_width * x_TD.shape[1]
     if len(weights) == FLOATS:
+        dtypes = {each.dtype for each in weights}
+        if dtypes != {dtype} or dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"the inputs are {dtype} and the weights {sorted(map(str, dtypes))}; "
+                "kernels multiply float32 with float32 or bfloat16 with bfloat16"
+            )
         parts = [
-            Part(weights=each.contiguous(), absmax=each, second=each, offset=each)
+            Part(weights=aligned(each), absmax=each, second=each, offset=each)
             for each in weights
         ]
-        return Blocks(kind="float", parts=tuple(parts), table=weights[0])
+        kind = "float32" if dtype == torch.float32 else "float"
+        return Blocks(kind=kind, parts=tuple(parts), table=weights[0])
     if len(weights) not in (NF4, NESTED):
         raise ValueError(
             f"got {len(weights)} weight tensors; float weights are {FLOATS}, NF4 "
@@ -110,7 +119,8 @@ def blocks_of(weights: Sequence[Tensor], dtype: torch.dtype) -> Blocks:
             f"the inputs are {dtype}; NF4 kernels multiply bfloat16. Cast the inputs, or "
             "use float weights"
         )
-    parts = [_nf4_part(weights, number) for number in range(3)]
+    check_width(x_TD.shape[1])
+    parts = [_nf4_part(weights, number, size) for number in range(3)]
     nested = len(weights) == NESTED
     return Blocks(
         kind="nested" if nested else "nf4",
@@ -119,15 +129,24 @@ def blocks_of(weights: Sequence[Tensor], dtype: torch.dtype) -> Blocks:
     )
 
 
-def _nf4_part(weights: Sequence[Tensor], number: int) -> Part:
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, at an address that 16-byte loads can read; copied where it is not."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _nf4_part(weights: Sequence[Tensor], number: int, size: int) -> Part:
     codes, absmax = weights[number], weights[3 + number]
     if codes.dtype == torch.uint8:
         codes = bytes_to_words(codes)
-    else:
-        check_width(4 * codes.shape[-1])
+    if codes[0].numel() * PLANES != size or absmax[0].numel() * BLOCK != size:
+        raise ValueError(
+            f"a block has {codes[0].numel() * PLANES} codes and {absmax[0].numel()} "
+            f"magnitudes; F x D = {size} weights need {size} and {size // BLOCK}"
+        )
     nested = len(weights) == NESTED
     return Part(
-        weights=codes.contiguous(),
+        weights=aligned(codes),
         absmax=absmax.contiguous(),
         second=weights[6 + number].contiguous() if nested else absmax,
         offset=weights[9 + number].contiguous() if nested else absmax,

@@ -57,29 +57,41 @@ TABLE: Mapping[tuple[str, str], tuple[Config, ...]] = {
     ("input_grad", "nf4"): (_c(16, 64, 32, 1, 3), _c(32, 64, 32, 1, 3)),
     ("input_grad", "nested"): (_c(16, 64, 32, 1, 3), _c(32, 64, 32, 1, 3)),
     ("input_grad", "float"): (_c(16, 64, 32, 2, 4), _c(64, 128, 32, 4, 3)),
+    ("gate_up", "float32"): (_c(16, 64, 32, 4, 3),),
+    ("hidden_grad", "float32"): (_c(16, 64, 32, 4, 3),),
+    ("to_tokens", "float32"): (_c(16, 64, 32, 4, 3),),
+    ("input_grad", "float32"): (_c(16, 64, 32, 4, 3),),
     ("project", "float"): (_c(16, 16, 32, 1, 3), _c(64, 16, 32, 4, 3)),
     ("adapter_grad", "float"): (_c(32, 32, 32, 4, 3),),
 }
-"""Shipped configurations by (kernel, weights), rising in rows."""
+"""Shipped configurations by (kernel, weights), rising in rows. ``float`` is bfloat16."""
+WIDE_RANK = 64
+"""Of adapters or surrogates; above it only the lowest tile has the registers."""
 
 FILL = 0.75
 """A tile is taken if an expert's mean rows fill this share of it."""
 
 
-def choose(kernel: str, weights: str, rows: float, **shape: int) -> Config:
+def choose(
+    kernel: str, weights: str, rows: float, *, rank: int = 0, **shape: int
+) -> Config:
     """The configuration for one launch.
 
     Args:
         kernel: a name of the table.
-        weights: ``nf4``, ``nested`` or ``float``.
+        weights: ``nf4``, ``nested``, ``float`` or ``float32``.
         rows: mean rows an expert.
+        rank: of the low-rank term.
         shape: what else a tuned choice depends on, e.g. ``D=4096, F=688``.
 
     Raises:
         KeyError: there is no such kernel with such weights.
     """
     options = TABLE[kernel, weights]
-    found = tuned.lookup(kernel, {"weights": weights, "rows": _bucket(rows), **shape})
+    if rank > WIDE_RANK:
+        return options[0]
+    key = {"weights": weights, "rows": _bucket(rows), **shape}
+    found = tuned.lookup(kernel, key)
     if found is not None:
         return Config(**found)
     fitting = [option for option in options if rows >= FILL * option.rows]

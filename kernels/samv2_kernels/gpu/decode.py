@@ -103,11 +103,7 @@ H0, H1, H2, H3, H4, H5, H6, H7, H8, H9, H10, H11, H12, H13, H14, H15 = _H
 
 @triton.jit
 def decode_lifted(words):
-    """int16 words to four bfloat16 tensors of their shape, by byte permutes.
-
-    Contiguous words must come in pairs, as they do in any tile that is loaded by 4 bytes
-    or more.
-    """
+    """int16 words to four bfloat16 tensors of their shape, by byte permutes."""
     return tl.inline_asm_elementwise(
         _PTX_LIFTED,
         "=r,=r,=r,=r,r",

@@ -1,8 +1,8 @@
 """Small products of visits: rank-R projections of rows, and gradients of adapter rows.
 
-    project:  out[t] += w (rows M_e),  optionally dots[v] = -w' . ...
-    adapter gradients:  dB_g[e] = sum_n dg_n a_t^T,  dB_u[e] likewise,
-                        dA_d[e] = sum_n q_t (c h_n)^T
+    project:  out[t] += w_n (rows_n M_e)
+    adapter gradients:  dB_g[e] = sum_n c_n dg_n a_t^T,  dB_u[e] likewise,
+                        dA_d[e] = sum_n q_t (c_n h_n)^T
 
 A program owns one row tile, or one column tile of one expert, so sums have a fixed order
 and need no atomics.
@@ -19,7 +19,7 @@ import triton.language as tl
 from samv2_kernels.gpu.tiles import GRANULE, tile_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles_ptr"])
 def project_kernel(
     rows_ptr,
     order_ptr,
@@ -36,7 +36,6 @@ def project_kernel(
     R: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     BY_TOKEN: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     NEGATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -74,8 +73,7 @@ def project_kernel(
         low = tl.load(low_ptr + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(dots_ptr + visit, -tl.sum(low * acc, axis=1), mask=live)
         acc = -acc
-    if WEIGHTED:
-        acc *= tl.load(weight_ptr + visit)[:, None]
+    acc *= tl.load(weight_ptr + visit)[:, None]
     out = tl.load(out_ptr + place, mask=inside, other=0.0)
     tl.store(out_ptr + place, out + acc, mask=inside)
 
@@ -124,8 +122,10 @@ def adapter_grad_kernel(
         up_grad = tl.load(up_grad_ptr + place, mask=mask, other=0.0)
         gate = tl.load(gate_ptr + place, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(combine_ptr + visit, mask=live, other=0.0)
-        hidden = gate * tl.sigmoid(gate) * up * weight[:, None]
+        weight = tl.load(combine_ptr + visit, mask=live, other=0.0)[:, None]
+        hidden = gate * tl.sigmoid(gate) * up * weight
+        gate_grad = gate_grad.to(tl.float32) * weight
+        up_grad = up_grad.to(tl.float32) * weight
         low = (visit // SLOTS).to(tl.int64)[:, None] * R + r[None, :]
         mask = live[:, None] & (r < R)[None, :]
         low_gate = tl.load(low_gate_ptr + low, mask=mask, other=0.0)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from samv2_kernels.gpu.device import on_its_device
 from samv2_kernels.gpu.spec import KernelSpec
 from samv2_kernels.reference.dispatch import num_tiles
 
@@ -203,6 +204,7 @@ def _tile_kernel(
     tl.store(entry_ptr + 2, tl.where(used, stop, 0), mask=inside_table)
 
 
+@on_its_device
 def sort_visits_gpu(
     expert_ids_TK: Tensor,
     num_experts: int,
@@ -263,6 +265,7 @@ def _chunked(
     _place_kernel[grid](ids_TK, places, order_N, *sizes, **blocks)
 
 
+@on_its_device
 def tile_table_gpu(
     offsets: Tensor,
     *,

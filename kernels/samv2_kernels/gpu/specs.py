@@ -27,10 +27,11 @@ def shipped_specs(arch: str) -> list[KernelSpec]:
     Args:
         arch: ``sm_80``, ``sm_86``, ``sm_89`` or ``sm_90``.
     """
+    # float32 is for checking: it has no tensor cores, and no budgets.
     experts = [
         spec
         for (kernel, weights), options in TABLE.items()
-        for option in options
+        for option in (options if weights != "float32" else ())
         for spec in _BUILDERS[kernel](weights, option)
     ]
     return [*experts, *sort.audited(arch), *walk.audited(arch)]
@@ -197,7 +198,6 @@ def _along_rows(two: bool) -> Callable[[str, Config], Iterator[KernelSpec]]:
                     "Q": rank,
                     "RANK_BLOCK": max(rank, 16),
                     "TWO": two,
-                    "COMBINE": not two,
                     "BLOCK_M": config.rows,
                     "BLOCK_N": config.columns,
                     "BLOCK_F": config.step,
@@ -226,7 +226,6 @@ def _project(kind: str, config: Config) -> Iterator[KernelSpec]:
             "R": RANK,
             "RANK_BLOCK": RANK,
             "BY_TOKEN": False,
-            "WEIGHTED": True,
             "NEGATE": False,
             "BLOCK_M": config.rows,
         },

@@ -2,8 +2,11 @@
 
 Hidden units that NF4 weights are multiplied with are stored as float16: 11 bits of
 mantissa instead of bfloat16's 8, and their products with magnitudes need no conversion.
-Going forward they are stored at a quarter, which keeps magnitudes up to 262,000; larger
-ones saturate. Gradients are of rows that the launcher has divided by a power of two.
+Going forward they are stored at a quarter: normal numbers from 2.4e-4 to 262,016, below
+that with an absolute error of 1.2e-7, above it saturated. (Of SmolLM2-135M's hidden
+units the largest is some 3,000, and rows have a root mean square of 0.01 or more.)
+Gradients are of rows that the launcher has divided by a power of two, and without their
+combine weight.
 """
 
 from __future__ import annotations
@@ -25,8 +28,6 @@ def tile_of(tiles_ptr, number):
 
 @triton.jit
 def to_half(values):
-    """float16, saturating; NaN stays NaN."""
-    limited = tl.clamp(
-        values, -LARGEST_HALF, LARGEST_HALF, propagate_nan=tl.PropagateNan.ALL
-    )
-    return limited.to(tl.float16)
+    """float16, saturating; what is not finite stays so."""
+    limited = tl.clamp(values, -LARGEST_HALF, LARGEST_HALF)
+    return tl.where(tl.abs(values) < float("inf"), limited, values).to(tl.float16)

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from samv2_kernels.gpu.device import on_its_device
 from samv2_kernels.gpu.spec import KernelSpec
 
 WORD_BITS = 64
@@ -203,6 +204,7 @@ def _walk_kernel(
             depth = tl.where(child > 0, level + 1, depth)
 
 
+@on_its_device
 def pack_masks_gpu(edge_mask_MEE: Tensor) -> Tensor:
     """Pack edge masks as bit sets: one kernel.
 
@@ -226,6 +228,7 @@ def pack_masks_gpu(edge_mask_MEE: Tensor) -> Tensor:
     return packed_MEW
 
 
+@on_its_device
 def walk_gpu(
     scores_TE: Tensor,
     edge_mask_MEE: Tensor,
