@@ -98,14 +98,20 @@ def dequantise(packed: Nf4Experts, dtype: torch.dtype) -> Tensor:
         packed: of any number of experts.
         dtype: float32, float16 or bfloat16; products are rounded to it once.
     """
-    levels = torch.tensor(LEVELS, device=packed.codes_EH.device)
-    byte = torch.arange(256, device=levels.device)
-    pairs = torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1)
     codes_EP = padded(packed.codes_EH, BLOCK // 2)
-    absmax_EN1 = packed.absmax_EN.float().unsqueeze(2)
-    blocks_ENB = pairs[codes_EP.int()].view(*packed.absmax_EN.shape, BLOCK)
-    flat_EP = (blocks_ENB * absmax_EN1).to(dtype).flatten(1)
+    pairs = level_pairs(codes_EP.device).index_select(0, codes_EP.flatten().int())
+    blocks_ENB = pairs.view(torch.float32).view(*packed.absmax_EN.shape, BLOCK)
+    blocks_ENB.mul_(packed.absmax_EN.float().unsqueeze(2))
+    flat_EP = blocks_ENB.to(dtype).flatten(1)
     return flat_EP[:, : prod(packed.shape[1:])].reshape(packed.shape).contiguous()
+
+
+@cache
+def level_pairs(device: torch.device) -> Tensor:
+    """(256,) int64: what a byte's two codes stand for, as the bits of two float32."""
+    levels, byte = torch.tensor(LEVELS), torch.arange(256)
+    pairs = torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1)
+    return pairs.view(torch.int64).squeeze(1).to(device)
 
 
 def padded(rows_EX: Tensor, multiple: int) -> Tensor:
