@@ -145,7 +145,7 @@ def make(
 
 def run_layer(problem: Problem) -> tuple[Tensor, Tensor]:
     y_BSD, _ = problem.layer(problem.x_TD.unsqueeze(0), WalkOptions())
-    return problem.finish(y_BSD[0])
+    return problem.finish(y_BSD.squeeze(0))
 
 
 def run_dense(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -54,8 +54,9 @@ def grouped_experts(
             visits run as one group; otherwise all visits of a slot do.
 
     Returns:
-        (T, D) in the dtype of ``x_TD``; accumulated in float32 or wider. Of r and c,
-        only the entries of visited experts get a gradient.
+        (T, D) in the dtype of ``x_TD``; accumulated in float32 or wider, and rounded
+        before surrogates of all experts are added. Of r and c, only the entries of
+        visited experts get a gradient.
 
     Raises:
         ValueError: shapes or dtypes do not belong together; or visits without order
@@ -110,7 +111,7 @@ def _one_pass(
     adapters: ExpertAdapters | None,
     surrogates: Surrogates | None,
 ) -> Tensor:
-    """All visits as one group, (T, D) in the dtype that sums are made in."""
+    """All visits as one group, (T, D); with surrogates in the dtype of x, else wider."""
     ids_TK = walked.expert_ids_TK
     low_TQ = out_EQD = reached_TK = None
     if surrogates is not None:
@@ -126,10 +127,12 @@ def _one_pass(
         (low_TQ, out_EQD, reached_TK),
     )
     if surrogates is not None:
-        total_QD = surrogates.out_EQD.sum(dim=0, dtype=y_TD.dtype).to(x_TD.dtype)
-        absent_TE = 1 - walked.reached_TE * walked.visited_TE
-        bias_TD = absent_TE.to(x_TD.dtype) @ surrogates.bias_ED.to(x_TD.dtype)
-        y_TD = y_TD.add_(torch.addmm(bias_TD, low_TQ, total_QD))
+        dtype = x_TD.dtype
+        total_QD = surrogates.out_EQD.sum(dim=0, dtype=y_TD.dtype).to(dtype)
+        absent_TE = (1 - walked.reached_TE * walked.visited_TE).to(dtype)
+        left = torch.cat([low_TQ, absent_TE], dim=1)
+        right = torch.cat([total_QD, surrogates.bias_ED.to(dtype)])
+        y_TD = torch.addmm(y_TD.to(dtype), left, right)
     return y_TD
 
 

@@ -22,8 +22,9 @@ from samv2_kernels.reference.walk import (
     hard,
     hard_edges,
     preorder,
-    visited_ids,
 )
+from samv2_kernels.reference.walk import visit as reference_visit
+from samv2_kernels.reference.walk import visited_ids
 
 __all__ = ["visit", "visited_ids", "walk"]
 
@@ -251,6 +252,16 @@ def visit(
 
     Arguments, errors and visited sets are those of :func:`walk`.
     """
+    if _all_enter(edge_mask_MEE):
+        return reference_visit(
+            scores_TE,
+            edge_mask_MEE,
+            experts_per_token=experts_per_token,
+            mask_index_T=mask_index_T,
+            shared_E=shared_E,
+            chosen_TE=chosen_TE,
+            fill=fill,
+        )
     *_, reached_TE, chosen = _find(
         scores_TE,
         edge_mask_MEE,
@@ -302,6 +313,16 @@ def _find(
     else:
         reached_TE = visited_TE.to(scores_TE.dtype)
     return ids, parents, depths, reached_TE, chosen
+
+
+def _all_enter(edge_mask_MEE: Tensor) -> bool:
+    """Whether r is known to be q, in which plain torch is quicker than ops; asked only
+    where the answer is free."""
+    if edge_mask_MEE.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and edge_mask_MEE.requires_grad:
+        return False
+    return bool(hard(edge_mask_MEE.diagonal(dim1=1, dim2=2)).all())
 
 
 def _requires_grad(value: Tensor | None) -> bool:

@@ -40,7 +40,7 @@ from samv2_kernels import (
     visit,
     walk,
 )
-from samv2_kernels.reference import choose_topk
+from samv2_kernels.reference import choose_topk, topk_threshold
 
 READ_ROWS, CALL_WEIGHTS, MOVE_ROWS = 16, 3_600_000, 30
 """What experts cost besides their products, in rows of an expert: reading its weights;
@@ -139,6 +139,7 @@ class ExpertGraphMLP(FrozenBlocks):
         check_visits(experts_per_token, num_shared, num_experts)
         self.layer = layer
         self.experts_per_token = experts_per_token
+        self.num_shared = num_shared
         self.combine = combine
         self.chains = chains
         self.prefix_tokens = prefix_tokens
@@ -223,7 +224,7 @@ class ExpertGraphMLP(FrozenBlocks):
         k = options.experts_per_token
         if k is None:
             k = self.experts_per_token
-        check_visits(k, int(self.shared_E.sum()), self.num_experts)
+        check_visits(k, self.num_shared, self.num_experts)
         own = self.visits_at(k)
         walked = self._walk(scores_TE, state, batch, length, own, options)
         if options.recorder is not None and isinstance(walked, Walk):
@@ -252,15 +253,13 @@ class ExpertGraphMLP(FrozenBlocks):
 
     def _advance(self, x_BSD: Tensor, prefix: PrefixState | None) -> PrefixState:
         """Add this chunk's part of the prefix to the context sum."""
-        if prefix is None:
-            zero_BD = x_BSD.new_zeros(x_BSD.shape[0], x_BSD.shape[2]).float()
-            prefix = PrefixState(sum_BD=zero_BD, count=0, offset=0)
-        inside = min(max(self.prefix_tokens - prefix.offset, 0), x_BSD.shape[1])
-        head_BD = x_BSD[:, :inside].detach().float().sum(dim=1)
+        offset = 0 if prefix is None else prefix.offset
+        inside = min(max(self.prefix_tokens - offset, 0), x_BSD.shape[1])
+        sum_BD = x_BSD.detach()[:, :inside].sum(dim=1, dtype=torch.float32)
         return PrefixState(
-            sum_BD=prefix.sum_BD + head_BD,
-            count=prefix.count + inside,
-            offset=prefix.offset + x_BSD.shape[1],
+            sum_BD=sum_BD if prefix is None else prefix.sum_BD + sum_BD,
+            count=inside if prefix is None else prefix.count + inside,
+            offset=offset + x_BSD.shape[1],
         )
 
     def _walk(
@@ -294,8 +293,8 @@ class ExpertGraphMLP(FrozenBlocks):
             own_B1 = 1 + torch.arange(batch, device=scores_TE.device).unsqueeze(1)
             mask_index_T = torch.where(inside_S, 0, own_B1).reshape(-1)
 
-        placed_TE = scores_TE[:, self.order_E]
-        shared_E = self.shared_E[self.order_E]
+        placed_TE = _columns(scores_TE, self.order_E)
+        shared_E = self.shared_E[self.order_E] if self.num_shared else None
         ordered = options.recorder is not None or self.chains
         walked = (walk if ordered else visit)(
             placed_TE.detach(),
@@ -308,14 +307,17 @@ class ExpertGraphMLP(FrozenBlocks):
         )
         return _renamed(walked, self.order_E, torch.argsort(self.order_E))
 
-    def _choose(self, scores_TE: Tensor, shared_E: Tensor, k: int) -> Tensor:
+    def _choose(self, scores_TE: Tensor, shared_E: Tensor | None, k: int) -> Tensor:
         """q: hard in value, with the gradient of sigmoid(g - threshold)."""
-        visits = k - int(shared_E.sum())
-        routed_TE = scores_TE.masked_fill(shared_E, -torch.inf)
-        chosen_TE = choose_topk(routed_TE, visits)
-        if not scores_TE.requires_grad or not 0 < visits < int((~shared_E).sum()):
-            return chosen_TE
-        threshold_T1 = routed_TE.detach().topk(visits, dim=1).values[:, -1:]
+        visits = k - self.num_shared
+        routed_TE = scores_TE.detach()
+        if shared_E is not None:
+            routed_TE = routed_TE.masked_fill(shared_E, -torch.inf)
+        learnt = scores_TE.requires_grad and torch.is_grad_enabled()
+        if not learnt or not 0 < visits < self.num_experts - self.num_shared:
+            return choose_topk(routed_TE, visits)
+        threshold_T1 = topk_threshold(routed_TE, visits)
+        chosen_TE = choose_topk(routed_TE, visits, threshold_T1=threshold_T1)
         soft_TE = torch.sigmoid(scores_TE - threshold_T1)
         return chosen_TE.float() + (soft_TE - soft_TE.detach())
 
@@ -325,16 +327,23 @@ class ExpertGraphMLP(FrozenBlocks):
             return True
         return grouping_pays(len(x_TD), visits, self.shape)
 
+    @property
+    def _mixes(self) -> bool:
+        """Whether u changes the weights or is learnt; on a GPU nobody waits to tell."""
+        learning = torch.is_grad_enabled() and self.mix_E.requires_grad
+        return learning or self.mix_E.device.type != "cpu" or bool(self.mix_E.any())
+
     def _weigh(self, scores_TE: Tensor, walked: Visits) -> Tensor:
         """Combine weights of the visited experts, (T, E) float32."""
         if self.combine == "softmax":
             visited_TE = scores_TE.masked_fill(~walked.visited_TE, -torch.inf)
             return torch.softmax(visited_TE, dim=1) * walked.reached_TE
-        share_TE = torch.softmax(
-            scores_TE.masked_fill(self.shared_E, -torch.inf), dim=1
-        )
-        if bool(self.shared_E.all()):
-            share_TE = torch.zeros_like(scores_TE)
+        if self.num_shared == self.num_experts or not self._mixes:
+            return walked.reached_TE
+        routed_TE = scores_TE
+        if self.num_shared:
+            routed_TE = scores_TE.masked_fill(self.shared_E, -torch.inf)
+        share_TE = torch.softmax(routed_TE, dim=1)
         return walked.reached_TE * (1 + self.mix_E * share_TE)
 
     def _experts(
@@ -407,11 +416,20 @@ def to_positions(walked: Walk, order_E: Tensor) -> Walk:
 V = TypeVar("V", bound=Visits)
 
 
+def _columns(values_TE: Tensor, old_id_E: Tensor) -> Tensor:
+    """Column j of the result was ``old_id_E[j]``; where asking is free, nothing moves
+    that is in its place."""
+    may_ask = values_TE.device.type == "cpu" and not torch.compiler.is_compiling()
+    if may_ask and torch.equal(old_id_E, torch.arange(len(old_id_E))):
+        return values_TE
+    return values_TE[:, old_id_E]
+
+
 def _renamed(walked: V, new_id_E: Tensor, old_id_E: Tensor) -> V:
     """Expert i is called ``new_id_E[i]``; column j of the result was ``old_id_E[j]``."""
     columns = {
-        "reached_TE": walked.reached_TE[:, old_id_E],
-        "chosen_TE": walked.chosen_TE[:, old_id_E],
+        "reached_TE": _columns(walked.reached_TE, old_id_E),
+        "chosen_TE": _columns(walked.chosen_TE, old_id_E),
     }
     if isinstance(walked, Walk):
         used_TK = walked.expert_ids_TK >= 0

@@ -23,10 +23,13 @@ from samv2_kernels import (
     visit,
 )
 from samv2_kernels.cpu import blocks as cpu_blocks
+from samv2_kernels.cpu import experts as cpu_experts
 from samv2_kernels.cpu import nf4 as cpu_nf4
-from samv2_kernels.cpu.batches import BATCH_BYTES, batches
+from samv2_kernels.cpu.batches import BATCH_BYTES, runs
+from samv2_kernels.cpu.padded import padding_pays
 from samv2_kernels.nf4 import Nf4Experts, dequantise, quantise
 from tests.helpers import assert_close, randn
+from tests.kernels.test_grouped_mlp import make_problem
 
 ROWS, WIDTH, EXPERTS, SLOTS, TOKENS = 48, 64, 8, 2, 20
 COMPLETE = torch.ones(1, EXPERTS, EXPERTS, dtype=torch.bool).triu()
@@ -55,16 +58,91 @@ def nf4_weights(rows: int = ROWS, width: int = WIDTH) -> Nf4Weights:
     return Nf4Weights(gate=parts[0], up=parts[1], down=parts[2])
 
 
-def test_matmuls_are_those_of_the_visited_rows() -> None:
-    """K/E of the dense products forward, and as much again for x backward."""
-    given = arguments(float_blocks(), ids())
-    dense = 2 * TOKENS * 3 * EXPERTS * ROWS * WIDTH
+def force(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Make the op take one form, whatever pays."""
+    pays = {"padded": True, "runs": False}[form]
+    monkeypatch.setattr(cpu_experts, "padding_pays", lambda bounds, _: pays)
+
+
+@pytest.mark.parametrize("form", ["padded", "runs"])
+def test_matmuls_are_those_of_the_visited_rows(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K/E of the dense products forward, and as much again for x backward.
+
+    Padding makes every visited expert's rows as many as those of the one with most.
+    """
+    force(monkeypatch, form)
+    ids_TK = ids()
+    given = arguments(float_blocks(), ids_TK)
+    rows = ids_TK.numel()
+    if form == "padded":
+        counts_E = torch.bincount(ids_TK.flatten(), minlength=EXPERTS)
+        rows = int(counts_E.max()) * int((counts_E > 0).sum())
+        assert rows > ids_TK.numel()
+    expected = 2 * rows * 3 * ROWS * WIDTH
     with FlopCounterMode(display=False) as forward:
         y_TD, low_TR, gate_NF, up_NF = cpu.expert_mlp_forward(*given, True)
-    assert forward.get_total_flops() == dense * SLOTS / EXPERTS
+    assert forward.get_total_flops() == expected
     with FlopCounterMode(display=False) as backward:
         cpu.expert_mlp_backward(y_TD, low_TR, *given, gate_NF, up_NF)
-    assert backward.get_total_flops() == dense * SLOTS / EXPERTS
+    assert backward.get_total_flops() == expected
+
+
+@pytest.mark.parametrize(
+    "bounds, weights, pays",
+    [
+        ([0, 128, 256, 384], 2**17, True),
+        ([0, 128, 256, 384], 2**17 + 1, False),
+        ([0, 0, 128, 128, 256], 2**10, True),
+        ([0, 1000, 1200, 1300], 2**10, False),
+        ([0, 20, 30, 31], 2**10, True),
+        ([0, 300], 2**10, True),
+        ([0, 0, 0], 2**10, False),
+    ],
+)
+def test_padding_pays_for_narrow_experts_with_even_loads(
+    bounds: list[int], weights: int, pays: bool
+) -> None:
+    assert padding_pays(bounds, weights) == pays
+
+
+@pytest.mark.parametrize("tokens, experts, k", [(1, 1, 1), (9, 4, 2), (33, 16, 3)])
+@pytest.mark.parametrize("shared_blocks", [False, True])
+def test_both_forms_give_the_same(
+    tokens: int,
+    experts: int,
+    k: int,
+    shared_blocks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Outputs and all gradients, with unused slots and experts without visits."""
+    outcomes = []
+    for form in ("padded", "runs"):
+        problem = make_problem(tokens, experts, k)
+        weights = problem.weights
+        for part in (weights.gate_EFD, weights.up_EFD, weights.down_EFD):
+            part.requires_grad_(False)
+        assert problem.surrogates is not None
+        problem.surrogates.out_EQD.requires_grad_(False)
+        if shared_blocks:
+            weights = replace(weights, base_E=torch.arange(experts) // 2)
+        force(monkeypatch, form)
+        y_TD = grouped_experts(
+            problem.x_TD,
+            problem.walked,
+            problem.combine_TE,
+            weights,
+            **problem.arguments(),
+        )
+        leaves = problem.leaves()
+        grads = torch.autograd.grad(
+            y_TD.square().sum(), list(leaves.values()), allow_unused=True
+        )
+        outcomes.append({"y": y_TD, **dict(zip(leaves, grads))})
+    for name, value in outcomes[0].items():
+        if value is not None:
+            assert_close(name, value, outcomes[1][name].detach(), "fp64")
 
 
 def test_one_part_of_one_touched_expert_is_unpacked_at_a_time(
@@ -110,10 +188,9 @@ def test_batches_are_whole_experts_in_order(per_batch: int) -> None:
     ids_TK = ids()
     ids_TK[ids_TK == 2] = -1
     order = sort_visits(ids_TK, EXPERTS)
-    base_E = torch.arange(EXPERTS).flip(0)
-    found = batches(
-        order.order_N, order.offsets, base_E, SLOTS, BATCH_BYTES // per_batch
-    )
+    bounds = order.offsets[::SLOTS].tolist()
+    blocks = list(range(EXPERTS))[::-1]
+    found = runs(order.order_N, bounds, blocks, SLOTS, BATCH_BYTES // per_batch)
     groups = [group for batch in found for group in batch.groups]
     experts = [group.expert for group in groups]
     assert experts == sorted(set(ids_TK[ids_TK >= 0].tolist())) and 2 not in experts
@@ -133,7 +210,9 @@ def test_batches_are_whole_experts_in_order(per_batch: int) -> None:
 
 def test_no_visits_are_no_batches() -> None:
     order = sort_visits(torch.full((3, 2), -1), EXPERTS)
-    assert batches(order.order_N, order.offsets, None, 2, 8) == []
+    bounds = order.offsets[::2].tolist()
+    assert runs(order.order_N, bounds, range(EXPERTS), 2, 8) == []
+    assert not padding_pays(bounds, 1)
 
 
 @pytest.mark.parametrize("shape", [(2, 32), (3, 43), (5, 13), (1, 1), (700, 400)])

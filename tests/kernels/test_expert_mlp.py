@@ -104,13 +104,27 @@ def test_any_number_of_experts(
 
 
 def test_every_expert_of_every_token() -> None:
-    """On the complete graph K = E is the whole FFN."""
-    problem = make_problem(9, 4, 4)
+    """On the complete graph K = E is the whole FFN, and surrogates cancel."""
+    problem = make_problem(9, 4, 4, surrogates=False)
     mask_MEE = torch.ones(1, 4, 4, dtype=torch.bool).triu()
     walked = walk(randn(9, 4, seed=1), mask_MEE, experts_per_token=4)
     assert bool(walked.visited_TE.all())
     walked = replace(walked, reached_TE=walked.reached_TE.double().requires_grad_())
-    assert_matches(replace(problem, walked=walked))
+    problem = replace(problem, walked=walked)
+    assert_matches(problem)
+    stood_in = make_problem(9, 4, 4).surrogates
+    outcomes = [
+        grouped_experts(
+            problem.x_TD,
+            walked,
+            problem.combine_TE,
+            problem.weights,
+            adapters=problem.adapters,
+            surrogates=surrogates,
+        )
+        for surrogates in (None, stood_in)
+    ]
+    assert_close("y", outcomes[1], outcomes[0], "fp64")
 
 
 def test_all_tokens_may_visit_one_expert() -> None:

@@ -1,16 +1,18 @@
 """The sorted visits, cut into batches of whole experts that fit the cache.
 
 Experts with few rows share a batch, so that gathering, scattering and what is done unit
-by unit is one call for many of them; matmuls are made expert by expert.
+by unit is one call for many of them; matmuls are made expert by expert. Where that is the
+slower way, :mod:`samv2_kernels.cpu.padded` makes one batch of all experts.
 
-Shapes: T tokens, E experts, K slots, N = T K visits, n rows of a batch, X columns.
+Shapes: T tokens, E experts, V some of them, F rows an expert, K slots, N = T K visits, n
+rows of a batch, X, Y columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,9 +32,97 @@ class Group:
     """Of its batch."""
 
 
+class Matrices(Protocol):
+    """One (X, Y) matrix an expert."""
+
+    def of(self, group: Group) -> Tensor:
+        """That of one expert, valid until the next call."""
+
+    def stack(self, expert_V: Tensor | None) -> Tensor:
+        """(V, X, Y): those of some experts, or of all; for padded batches alone."""
+
+
+class Sums:
+    """Rows of visits added up by token, in float32 or wider until they are complete.
+
+    Args:
+        tokens: T.
+        width: X.
+        dtype: of the complete sums.
+    """
+
+    def __init__(self, tokens: int, width: int, dtype: torch.dtype) -> None:
+        self.shape = (tokens, width)
+        self.dtype = dtype
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.total_TX: Tensor | None = None
+        self._wide_nX: Tensor | None = None
+
+    def running(self) -> Tensor:
+        """(T, X), to be added to in place."""
+        if self.total_TX is None:
+            self.total_TX = torch.zeros(self.shape, dtype=self.wide)
+        return self.total_TX
+
+    def widened(self, rows_nX: Tensor) -> Tensor:
+        """(n, X) the same rows in the dtype of the running sum, until the next call."""
+        if rows_nX.dtype == self.wide:
+            return rows_nX
+        if self._wide_nX is None or len(self._wide_nX) < len(rows_nX):
+            self._wide_nX = torch.empty_like(rows_nX, dtype=self.wide)
+        return self._wide_nX[: len(rows_nX)].copy_(rows_nX)
+
+    def complete(self) -> Tensor:
+        """(T, X)."""
+        return self.running().to(self.dtype)
+
+
+class Batch(Protocol):
+    """Rows, one a visit, of some experts; and what is done with such rows."""
+
+    token_n: Tensor
+    """int64 tokens t."""
+
+    def __len__(self) -> int: ...
+
+    def of_tokens(self, rows_TX: Tensor, out: Tensor | None = None) -> Tensor:
+        """(n, X): the rows of the visits' tokens; into the first rows of ``out``."""
+
+    def of_visits(self, values_TK: Tensor, dtype: torch.dtype) -> Tensor:
+        """(n, 1): what every visit has a number of, in the rows' dtype; 0 for padding."""
+
+    def multiply(
+        self,
+        rows_nX: Tensor,
+        matrices: Matrices,
+        out_nY: Tensor,
+        *,
+        add: bool = False,
+    ) -> None:
+        """Write, or add, the rows' products with their experts' matrices."""
+
+    def outer(self, left_nX: Tensor, right_nY: Tensor, out_EXY: Tensor) -> None:
+        """Write the experts' sums over rows of left times right."""
+
+    def add(self, sums: Sums, rows_nX: Tensor) -> None:
+        """Add the visits' rows to their tokens'."""
+
+    def put(self, into_TK: Tensor, value_n: Tensor) -> None:
+        """Write a number a visit."""
+
+    def saved(self, rows_NF: Tensor) -> Tensor:
+        """(n, F): this batch's part of rows in the sorted order."""
+
+    def place(self, rows_NF: Tensor) -> Tensor:
+        """(n, F), uninitialised: where to make the rows that :meth:`save` is to have."""
+
+    def save(self, rows_nF: Tensor, into_NF: Tensor) -> None:
+        """See to it that rows made in their :meth:`place` are in the sorted order."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """The visits to some experts."""
+class Run:
+    """The visits to some experts, back to back."""
 
     groups: tuple[Group, ...]
     rows: slice
@@ -40,7 +130,6 @@ class Batch:
     visit_n: Tensor
     """int64 visits v = t K + slot."""
     token_n: Tensor
-    """int64 tokens t."""
 
     def __len__(self) -> int:
         return self.rows.stop - self.rows.start
@@ -50,71 +139,89 @@ class Batch:
         sizes = [group.rows.stop - group.rows.start for group in self.groups]
         return zip(self.groups, *(rows.split(sizes) for rows in rows_nX))
 
-    def of_visits(self, values_TK: Tensor) -> Tensor:
-        """(n, 1): what every visit has a number of."""
-        return values_TK.reshape(-1, 1)[self.visit_n]
-
     def of_tokens(self, rows_TX: Tensor, out: Tensor | None = None) -> Tensor:
-        """(n, X): the rows of the visits' tokens; into the first rows of ``out``."""
         if out is not None:
             out = out[: len(self)]
         return torch.index_select(rows_TX, 0, self.token_n, out=out)
 
-    def add(self, into_TX: Tensor, rows_nX: Tensor, out: Tensor | None = None) -> None:
-        """Add the visits' rows to their tokens', in the dtype of the sum.
+    def of_visits(self, values_TK: Tensor, dtype: torch.dtype) -> Tensor:
+        return values_TK.reshape(-1, 1)[self.visit_n].to(dtype)
 
-        ``out`` is a buffer of that dtype with at least as many rows.
-        """
-        if out is None:
-            wide_nX = rows_nX.to(into_TX.dtype)
-        else:
-            wide_nX = out[: len(self)].copy_(rows_nX)
-        into_TX.index_add_(0, self.token_n, wide_nX)
+    def multiply(
+        self,
+        rows_nX: Tensor,
+        matrices: Matrices,
+        out_nY: Tensor,
+        *,
+        add: bool = False,
+    ) -> None:
+        for group, rows, out in self.by_expert(rows_nX, out_nY):
+            if add:
+                torch.addmm(out, rows, matrices.of(group), out=out)
+            else:
+                torch.mm(rows, matrices.of(group), out=out)
+
+    def outer(self, left_nX: Tensor, right_nY: Tensor, out_EXY: Tensor) -> None:
+        for group, left, right in self.by_expert(left_nX, right_nY):
+            torch.mm(left.T, right, out=out_EXY[group.expert])
+
+    def add(self, sums: Sums, rows_nX: Tensor) -> None:
+        sums.running().index_add_(0, self.token_n, sums.widened(rows_nX))
+
+    def put(self, into_TK: Tensor, value_n: Tensor) -> None:
+        into_TK.view(-1)[self.visit_n] = value_n
+
+    def saved(self, rows_NF: Tensor) -> Tensor:
+        return rows_NF[self.rows]
+
+    def place(self, rows_NF: Tensor) -> Tensor:
+        return rows_NF[self.rows]
+
+    def save(self, rows_nF: Tensor, into_NF: Tensor) -> None:
+        """They are."""
 
 
-def batches(
+def runs(
     order_N: Tensor,
-    offsets: Tensor,
-    base_E: Tensor | None,
+    bounds: list[int],
+    blocks: range | list[int],
     slots: int,
     row_bytes: int,
-) -> list[Batch]:
+) -> list[Run]:
     """Cut the visits, by rising expert; experts without visits are left out.
 
     Args:
         order_N: (N,) int32 sorted visits of a ``VisitOrder``.
-        offsets: (E K + 1,) int32, its offsets.
-        base_E: (E,) int64, the block of each expert; None: its own index.
+        bounds: E + 1 exclusive offsets of the experts among them.
+        blocks: the block of each expert.
         slots: K, at least 1.
         row_bytes: of an input.
     """
     visit_N = order_N.long()
     token_N = visit_N.div(slots, rounding_mode="floor")
-    bounds = offsets[::slots].tolist()
-    blocks = range(len(bounds) - 1) if base_E is None else base_E.tolist()
     most = max(1, BATCH_BYTES // row_bytes)
-    found: list[Batch] = []
+    found: list[Run] = []
     spans: list[tuple[int, int, int]] = []
     for e, (start, stop) in enumerate(zip(bounds, bounds[1:])):
         if spans and stop - spans[0][1] > most:
-            found.append(_batch(spans, blocks, visit_N, token_N))
+            found.append(_run(spans, blocks, visit_N, token_N))
             spans = []
         if start < stop:
             spans.append((e, start, stop))
     if spans:
-        found.append(_batch(spans, blocks, visit_N, token_N))
+        found.append(_run(spans, blocks, visit_N, token_N))
     return found
 
 
-def _batch(
+def _run(
     spans: list[tuple[int, int, int]],
     blocks: range | list[int],
     visit_N: Tensor,
     token_N: Tensor,
-) -> Batch:
-    """One batch of (expert, first row, stop row)."""
+) -> Run:
+    """The visits of (expert, first row, stop row)s."""
     rows = slice(spans[0][1], spans[-1][2])
-    return Batch(
+    return Run(
         groups=tuple(
             Group(
                 expert=e,

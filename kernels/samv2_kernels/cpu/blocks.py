@@ -1,6 +1,7 @@
 """Where an expert's weights come from on a CPU: float blocks, or NF4 one at a time.
 
-Shapes: D model width, F rows an expert, B stored blocks, n rows of one expert.
+Shapes: D model width, E experts, V some of them, F rows an expert, B stored blocks, n
+rows of a batch, X, Y columns.
 """
 
 from __future__ import annotations
@@ -11,33 +12,95 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from samv2_kernels.cpu.batches import Batch, Group, Matrices
 from samv2_kernels.cpu.nf4 import project, unpack
 
 GATE, UP, DOWN = 0, 1, 2
 
 
+class Stack:
+    """Matrices of experts in one tensor."""
+
+    def __init__(self, stack_EXY: Tensor) -> None:
+        self.stack_EXY = stack_EXY
+
+    def of(self, group: Group) -> Tensor:
+        return self.stack_EXY[group.expert]
+
+    def stack(self, expert_V: Tensor | None) -> Tensor:
+        return self.stack_EXY if expert_V is None else self.stack_EXY[expert_V]
+
+
 class Blocks(Protocol):
     """The base blocks of a layer."""
 
-    def weight(self, part: int, block: int) -> Tensor:
-        """(F, D) gate, up or transposed down projection, valid until the next call."""
+    shape: tuple[int, int]
+    """(F, D)."""
 
-    def enter(self, block: int, x_nD: Tensor, gate_nF: Tensor, up_nF: Tensor) -> None:
+    def part(self, part: int, *, transposed: bool = False) -> Matrices:
+        """(F, D) gate, up or transposed down projections; transposed if asked for."""
+
+    def enter(self, batch: Batch, x_nD: Tensor, gate_nF: Tensor, up_nF: Tensor) -> None:
         """Write x W_g^T and x W_u^T."""
+
+
+class Shared:
+    """Matrices of blocks in one tensor."""
+
+    def __init__(self, stack_BXY: Tensor, base_E: Tensor) -> None:
+        self.stack_BXY, self.base_E = stack_BXY, base_E
+
+    def of(self, group: Group) -> Tensor:
+        return self.stack_BXY[group.block]
+
+    def stack(self, expert_V: Tensor | None) -> Tensor:
+        block_V = self.base_E if expert_V is None else self.base_E[expert_V]
+        return self.stack_BXY[block_V]
 
 
 class FloatBlocks:
     """Blocks in the dtype of the rows."""
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        self.parts = [part.unbind() for part in parts]
+    def __init__(self, parts: Sequence[Tensor], base_E: Tensor | None) -> None:
+        self.parts = parts
+        self.base_E = base_E
+        self.shape = tuple(parts[0].shape[1:])
 
-    def weight(self, part: int, block: int) -> Tensor:
-        return self.parts[part][block]
+    def part(self, part: int, *, transposed: bool = False) -> Matrices:
+        matrices = self.parts[part]
+        if transposed:
+            matrices = matrices.transpose(1, 2)
+        if self.base_E is None:
+            return Stack(matrices)
+        return Shared(matrices, self.base_E)
 
-    def enter(self, block: int, x_nD: Tensor, gate_nF: Tensor, up_nF: Tensor) -> None:
-        torch.mm(x_nD, self.weight(GATE, block).T, out=gate_nF)
-        torch.mm(x_nD, self.weight(UP, block).T, out=up_nF)
+    def enter(self, batch: Batch, x_nD: Tensor, gate_nF: Tensor, up_nF: Tensor) -> None:
+        batch.multiply(x_nD, self.part(GATE, transposed=True), gate_nF)
+        batch.multiply(x_nD, self.part(UP, transposed=True), up_nF)
+
+
+class Unpacked:
+    """One part of the NF4 blocks, unpacked one by one."""
+
+    def __init__(
+        self,
+        codes_BH: Tensor,
+        absmax_BN: Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        transposed: bool,
+    ) -> None:
+        self.codes_BH, self.absmax_BN = codes_BH, absmax_BN
+        self.shape, self.dtype = shape, dtype
+        self.transposed = transposed
+
+    def of(self, group: Group) -> Tensor:
+        codes_H, absmax_N = self.codes_BH[group.block], self.absmax_BN[group.block]
+        matrix = unpack(codes_H, absmax_N, self.shape, self.dtype)
+        return matrix.T if self.transposed else matrix
+
+    def stack(self, expert_V: Tensor | None) -> Tensor:
+        raise NotImplementedError("NF4 blocks are unpacked one at a time")
 
 
 class Nf4Blocks:
@@ -50,13 +113,14 @@ class Nf4Blocks:
         self.shape = shape
         self.dtype = dtype
 
-    def weight(self, part: int, block: int) -> Tensor:
-        codes, absmax = self.codes[part][block], self.absmax[part][block]
-        return unpack(codes, absmax, self.shape, self.dtype)
+    def part(self, part: int, *, transposed: bool = False) -> Matrices:
+        return Unpacked(
+            self.codes[part], self.absmax[part], self.shape, self.dtype, transposed
+        )
 
-    def enter(self, block: int, x_nD: Tensor, gate_nF: Tensor, up_nF: Tensor) -> None:
-        torch.mm(x_nD, self.weight(GATE, block).T, out=gate_nF)
-        torch.mm(x_nD, self.weight(UP, block).T, out=up_nF)
+    def enter(self, batch: Batch, x_nD: Tensor, gate_nF: Tensor, up_nF: Tensor) -> None:
+        batch.multiply(x_nD, self.part(GATE, transposed=True), gate_nF)
+        batch.multiply(x_nD, self.part(UP, transposed=True), up_nF)
 
 
 class DecodingBlocks:
@@ -66,25 +130,30 @@ class DecodingBlocks:
         self.gate_up, self.gate_up_absmax, self.down, self.down_absmax = tensors
         self.shape = shape
 
-    def weight(self, part: int, block: int) -> Tensor:
+    def part(self, part: int, *, transposed: bool = False) -> Matrices:
         if part != DOWN:
             raise ValueError(
                 "blocks in decoding order have no backward: use Nf4Weights to train"
             )
-        codes, absmax = self.down[block], self.down_absmax[block]
-        return unpack(codes, absmax, self.shape, torch.bfloat16)
+        return Unpacked(
+            self.down, self.down_absmax, self.shape, torch.bfloat16, transposed
+        )
 
-    def enter(self, block: int, x_nD: Tensor, gate_nF: Tensor, up_nF: Tensor) -> None:
-        both = project(x_nD, self.gate_up[block], self.gate_up_absmax[block])
-        gate_nF.copy_(both[:, : self.shape[0]])
-        up_nF.copy_(both[:, self.shape[0] :])
+    def enter(self, batch: Batch, x_nD: Tensor, gate_nF: Tensor, up_nF: Tensor) -> None:
+        for group, x, gate, up in batch.by_expert(x_nD, gate_nF, up_nF):
+            codes, absmax = self.gate_up[group.block], self.gate_up_absmax[group.block]
+            both = project(x, codes, absmax)
+            gate.copy_(both[:, : self.shape[0]])
+            up.copy_(both[:, self.shape[0] :])
 
 
-def blocks_of(weights: Sequence[Tensor], x_TD: Tensor, ffn_width: int) -> Blocks:
+def blocks_of(
+    weights: Sequence[Tensor], x_TD: Tensor, ffn_width: int, base_E: Tensor | None
+) -> Blocks:
     """The blocks that an op's list of three, six or four tensors stands for."""
     shape = (ffn_width, x_TD.shape[1])
     if len(weights) == 3:
-        return FloatBlocks(weights)
+        return FloatBlocks(weights, base_E)
     if len(weights) == 6:
         return Nf4Blocks(weights, shape, x_TD.dtype)
     return DecodingBlocks(weights, shape)

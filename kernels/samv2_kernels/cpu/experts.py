@@ -1,8 +1,9 @@
-"""Grouped SwiGLU experts on a CPU, expert by expert, with a backward of its own.
+"""Grouped SwiGLU experts on a CPU, batch by batch, with a backward of its own.
 
-The rows of a batch are gathered into buffers that stay in the cache; an expert's blocks
-are read, or unpacked from NF4, once a pass and one at a time. Combine weights multiply the
-hidden rows, which are narrower than the outputs. With dh = dy W_d^T + dl A_d:
+Narrow experts with even loads are one padded batch; others run expert by expert, in
+buffers that stay in the cache, their blocks read, or unpacked from NF4, once a pass and
+one at a time. Combine weights multiply the hidden rows, which are narrower than the
+outputs. With dh = dy W_d^T + dl A_d:
 
     d combine = <h, dh>    d g = c dh u silu'(g)    d u = c dh silu(g)
     d x = d g W_g + d u W_u,    d reached = -<U x, dy V_e^T>
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from samv2_kernels.cpu.batches import Batch, batches
-from samv2_kernels.cpu.blocks import DOWN, GATE, UP, blocks_of
+from samv2_kernels.cpu.batches import Batch, Sums, runs
+from samv2_kernels.cpu.blocks import DOWN, GATE, UP, Blocks, FloatBlocks, blocks_of
+from samv2_kernels.cpu.padded import padded, padding_pays
 from samv2_kernels.cpu.terms import (
     Rank,
     RankGradients,
@@ -52,37 +54,36 @@ def expert_mlp_forward(
     """The CPU kernel of ``samv2::expert_mlp``; arguments and results are its."""
     tokens, width = x_TD.shape
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    work = _batches(x_TD, combine_TK, order_N, offsets, base_E)
-    blocks = blocks_of(weights, x_TD, ffn_width)
+    blocks = blocks_of(weights, x_TD, ffn_width, base_E)
+    work = _batches(x_TD, combine_TK, order_N, offsets, base_E, blocks)
     rank = _rank(low_gate_TR, low_up_TR, gate_EFR, up_EFR, down_ERF)
     stand_ins = _stand_ins(low_TQ, out_EQD, reached_TK)
-    y_TD = x_TD.new_zeros((tokens, width), dtype=wide)
-    columns = 0 if rank is None else rank.down_ERF.shape[1]
-    low_down_TR = x_TD.new_zeros((tokens, columns), dtype=wide)
-    gate_NF, up_NF = (_kept(x_TD, ffn_width, work, len(order_N), save) for _ in "gu")
+    y = Sums(tokens, width, wide)
+    low_down = Sums(tokens, 0 if rank is None else rank.down_ERF.shape[1], wide)
+    gate_NF, up_NF = (_kept(x_TD, ffn_width, offsets, order_N, save) for _ in "gu")
     rows_nD = _buffer(x_TD, work, width)
-    wide_nD = _buffer(y_TD, work, width)
     gate_nF, up_nF = (_buffer(x_TD, [] if save else work, ffn_width) for _ in "gu")
 
     for batch in work:
         rows = slice(0, len(batch))
         x = batch.of_tokens(x_TD, rows_nD)
-        gate = gate_NF[batch.rows] if save else gate_nF[rows]
-        up = up_NF[batch.rows] if save else up_nF[rows]
-        for group, x_rows, gate_rows, up_rows in batch.by_expert(x, gate, up):
-            blocks.enter(group.block, x_rows, gate_rows, up_rows)
+        gate = batch.place(gate_NF) if save else gate_nF[rows]
+        up = batch.place(up_NF) if save else up_nF[rows]
+        blocks.enter(batch, x, gate, up)
         if rank is not None:
             rank.enter(batch, gate, up)
-        hidden = silu(gate).mul_(up).mul_(batch.of_visits(combine_TK))
-        y = x  # Its rows have been read.
-        for group, hidden_rows, y_rows in batch.by_expert(hidden, y):
-            torch.mm(hidden_rows, blocks.weight(DOWN, group.block), out=y_rows)
+        if save:
+            batch.save(gate, gate_NF)
+            batch.save(up, up_NF)
+        hidden = silu(gate).mul_(up).mul_(batch.of_visits(combine_TK, x_TD.dtype))
+        output = x  # Its rows have been read.
+        batch.multiply(hidden, blocks.part(DOWN), output)
         if stand_ins is not None:
-            stand_ins.subtract(batch, y)
-        batch.add(y_TD, y, wide_nD)
+            stand_ins.subtract(batch, output)
+        batch.add(y, output)
         if rank is not None:
-            rank.leave(batch, hidden, low_down_TR)
-    return y_TD, low_down_TR, gate_NF, up_NF
+            rank.leave(batch, hidden, low_down)
+    return y.complete(), low_down.complete(), gate_NF, up_NF
 
 
 def expert_mlp_backward(
@@ -109,45 +110,41 @@ def expert_mlp_backward(
     """The CPU kernel of ``samv2::expert_mlp_backward``; arguments and results are its."""
     dtype, width = x_TD.dtype, x_TD.shape[1]
     wide = torch.promote_types(dtype, torch.float32)
-    work = _batches(x_TD, combine_TK, order_N, offsets, base_E)
-    blocks = blocks_of(weights, x_TD, ffn_width)
+    blocks = blocks_of(weights, x_TD, ffn_width, base_E)
+    work = _batches(x_TD, combine_TK, order_N, offsets, base_E, blocks)
     rank = _rank(low_gate_TR, low_up_TR, gate_EFR, up_EFR, down_ERF)
-    drank = None if rank is None else RankGradients(rank, wide)
+    drank = None if rank is None else RankGradients(rank)
     stand_ins = _stand_ins(low_TQ, out_EQD, reached_TK)
     dstand_ins = None if stand_ins is None else StandInGradients(stand_ins, wide)
     grad_TD, grad_low_TR = grad_y_TD.to(dtype), grad_low_down_TR.to(dtype)
-    dx_TD = torch.zeros_like(x_TD, dtype=wide)
+    dx = Sums(*x_TD.shape, dtype)
     dcombine_TK = torch.zeros_like(combine_TK, dtype=wide)
     rows_nD = _buffer(x_TD, work, width)
-    wide_nD = _buffer(dx_TD, work, width)
     dh_nF, hidden_nF = (_buffer(x_TD, work, ffn_width) for _ in "dh")
 
     for batch in work:
         rows = slice(0, len(batch))
-        gate, up = gate_NF[batch.rows], up_NF[batch.rows]
+        gate, up = batch.saved(gate_NF), batch.saved(up_NF)
         dy, dh = batch.of_tokens(grad_TD, rows_nD), dh_nF[rows]
-        for group, dy_rows, dh_rows in batch.by_expert(dy, dh):
-            torch.mm(dy_rows, blocks.weight(DOWN, group.block).T, out=dh_rows)
+        batch.multiply(dy, blocks.part(DOWN, transposed=True), dh)
         if dstand_ins is not None:
             dstand_ins.subtract(batch, dy)
         dup = silu(gate)
         hidden = torch.mul(dup, up, out=hidden_nF[rows])
-        weight_n1 = batch.of_visits(combine_TK)
+        weight_n1 = batch.of_visits(combine_TK, x_TD.dtype)
         if drank is not None:
             drank.leave(batch, grad_low_TR, weight_n1, hidden, dh)
-        dcombine_TK.view(-1)[batch.visit_n] = hidden.mul_(dh).sum(1, dtype=wide)
+        batch.put(dcombine_TK, hidden.mul_(dh).sum(1, dtype=wide))
         dup.mul_(dh.mul_(weight_n1))
         dgate = torch.ops.aten.silu_backward(dh.mul_(up), gate)
-        dx = dy  # Its rows have been read.
-        for group, dgate_rows, dup_rows, dx_rows in batch.by_expert(dgate, dup, dx):
-            torch.mm(dgate_rows, blocks.weight(GATE, group.block), out=dx_rows)
-            up_FD = blocks.weight(UP, group.block)
-            torch.addmm(dx_rows, dup_rows, up_FD, out=dx_rows)
-        batch.add(dx_TD, dx, wide_nD)
+        dinput = dy  # Its rows have been read.
+        batch.multiply(dgate, blocks.part(GATE), dinput)
+        batch.multiply(dup, blocks.part(UP), dinput, add=True)
+        batch.add(dx, dinput)
         if drank is not None:
             drank.enter(batch, dgate, dup)
     return (
-        dx_TD.to(dtype),
+        dx.complete(),
         dcombine_TK.to(combine_TK.dtype),
         *_rank_gradients(drank, x_TD),
         *_stand_in_gradients(dstand_ins, x_TD),
@@ -160,9 +157,17 @@ def _batches(
     order_N: Tensor,
     offsets: Tensor,
     base_E: Tensor | None,
+    blocks: Blocks,
 ) -> list[Batch]:
+    """The visits as one padded batch, or as runs of experts."""
+    slots = combine_TK.shape[1]
+    bounds = offsets[::slots].tolist()
+    weights = blocks.shape[0] * blocks.shape[1]
+    if isinstance(blocks, FloatBlocks) and padding_pays(bounds, weights):
+        return [padded(order_N, bounds, slots)]
+    stored = range(len(bounds) - 1) if base_E is None else base_E.tolist()
     row_bytes = x_TD.shape[1] * x_TD.element_size()
-    return batches(order_N, offsets, base_E, combine_TK.shape[1], row_bytes)
+    return runs(order_N, bounds, stored, slots, row_bytes)
 
 
 def _buffer(like: Tensor, work: list[Batch], width: int) -> Tensor:
@@ -170,10 +175,12 @@ def _buffer(like: Tensor, work: list[Batch], width: int) -> Tensor:
     return like.new_empty((max(map(len, work), default=0), width))
 
 
-def _kept(like: Tensor, width: int, work: list[Batch], rows: int, save: bool) -> Tensor:
+def _kept(
+    like: Tensor, width: int, offsets: Tensor, order_N: Tensor, save: bool
+) -> Tensor:
     """(N, F) rows to save, or none; zeros where a visit is unused."""
-    kept_NF = like.new_empty((rows if save else 0, width))
-    kept_NF[work[-1].rows.stop if work else 0 :].zero_()
+    kept_NF = like.new_empty((len(order_N) if save else 0, width))
+    kept_NF[int(offsets[-1]) :].zero_()
     return kept_NF
 
 
@@ -181,8 +188,8 @@ def _rank_gradients(found: RankGradients | None, like: Tensor) -> tuple[Tensor, 
     if found is None:
         return tuple(like.new_empty(0) for _ in range(5))
     return (
-        found.low_gate_TR.to(like.dtype),
-        found.low_up_TR.to(like.dtype),
+        found.low_gate.complete(),
+        found.low_up.complete(),
         found.gate_EFR,
         found.up_EFR,
         found.down_ERF,
@@ -195,7 +202,7 @@ def _stand_in_gradients(
     if found is None:
         return tuple(like.new_empty(0) for _ in range(2))
     reached_TK = found.stand_ins.reached_TK
-    return found.low_TQ.to(like.dtype), found.reached_TK.to(reached_TK.dtype)
+    return found.low.complete(), found.reached_TK.to(reached_TK.dtype)
 
 
 def _rank(*parts: Tensor | None) -> Rank | None:

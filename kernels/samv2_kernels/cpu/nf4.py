@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from samv2_kernels.nf4 import BLOCK, LEVELS, padded
+from samv2_kernels.nf4 import BLOCK, level_pairs, padded
 
 WORTH_AN_IMPORT = 2**18
 """Weights of a part from which on bitsandbytes' op repays the seconds of its import."""
@@ -41,7 +41,8 @@ def unpack(
         )
         return flat.view(shape)
     index_P = padded(codes_H.unsqueeze(0), BLOCK // 2)[0].int()
-    pairs = _pairs().index_select(0, index_P).view(torch.float32).view(-1, BLOCK)
+    pairs = level_pairs(codes_H.device).index_select(0, index_P)
+    pairs = pairs.view(torch.float32).view(-1, BLOCK)
     flat = pairs.mul_(absmax_N.unsqueeze(1)).to(dtype).view(-1)
     return flat[:weights].view(shape)
 
@@ -66,12 +67,3 @@ def bitsandbytes() -> ModuleType | None:
     # It warns of an optional package whose fused product is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return importlib.import_module("bitsandbytes.functional")
-
-
-@cache
-def _pairs() -> Tensor:
-    """(256,) int64: for every byte, the bits of its two levels in float32."""
-    levels = torch.tensor(LEVELS)
-    byte = torch.arange(256)
-    pairs = torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1)
-    return pairs.view(torch.int64).view(-1)

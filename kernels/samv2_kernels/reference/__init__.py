@@ -17,6 +17,7 @@ from samv2_kernels.reference.walk import (
     choose_topk,
     count_usage,
     reach,
+    topk_threshold,
     visit,
     walk,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "rows_by_expert",
     "spread_surrogates",
     "surrogate_sum",
+    "topk_threshold",
     "visit",
     "walk",
 ]

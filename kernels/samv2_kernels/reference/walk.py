@@ -36,6 +36,7 @@ __all__ = [
     "hard_edges",
     "preorder",
     "reach",
+    "topk_threshold",
     "visit",
     "visited_ids",
     "walk",
@@ -69,12 +70,20 @@ class Walk(Visits):
     """int64; 0 for an entry, parent's depth + 1 below it, -1 for an unused slot."""
 
 
-def choose_topk(scores_TE: Tensor, k: int) -> Tensor:
+def topk_threshold(scores_TE: Tensor, k: int) -> Tensor:
+    """(T, 1): the k-th highest score of each row, 1 <= k <= E."""
+    return scores_TE.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+
+def choose_topk(
+    scores_TE: Tensor, k: int, *, threshold_T1: Tensor | None = None
+) -> Tensor:
     """Mark the k highest scores of each row; ties go to the lower index.
 
     Args:
         scores_TE: (T, E) float; NaN is not allowed.
         k: how many experts to mark, 0 <= k <= E.
+        threshold_T1: what :func:`topk_threshold` says of them, if that is at hand.
 
     Returns:
         (T, E) bool with exactly k ones a row.
@@ -88,7 +97,8 @@ def choose_topk(scores_TE: Tensor, k: int) -> Tensor:
     scores_TE = scores_TE.detach()
     if k == 0:
         return torch.zeros_like(scores_TE, dtype=torch.bool)
-    threshold_T1 = scores_TE.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    if threshold_T1 is None:
+        threshold_T1 = topk_threshold(scores_TE, k)
     least_TE = scores_TE >= threshold_T1
     # Ties are rare; where asking is free, their handling is skipped.
     may_ask = scores_TE.device.type == "cpu" and not torch.compiler.is_compiling()
