@@ -25,8 +25,8 @@ from samv2_kernels import (
 from samv2_kernels.cpu import blocks as cpu_blocks
 from samv2_kernels.cpu import experts as cpu_experts
 from samv2_kernels.cpu import nf4 as cpu_nf4
-from samv2_kernels.cpu.batches import BATCH_BYTES, runs
-from samv2_kernels.cpu.padded import padding_pays
+from samv2_kernels.cpu.batches import BATCH_BYTES, Sums, runs
+from samv2_kernels.cpu.padded import padded, padding_pays
 from samv2_kernels.nf4 import Nf4Experts, dequantise, quantise
 from tests.helpers import assert_close, randn
 from tests.kernels.test_grouped_mlp import make_problem
@@ -143,6 +143,43 @@ def test_both_forms_give_the_same(
     for name, value in outcomes[0].items():
         if value is not None:
             assert_close(name, value, outcomes[1][name].detach(), "fp64")
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_padding_repeats_rows_of_the_same_expert(slots: int) -> None:
+    ids_TK = ids()[:, :slots].clone()
+    ids_TK[ids_TK == 2] = -1
+    ids_TK[3] = -1
+    order = sort_visits(ids_TK, EXPERTS)
+    batch = padded(order.order_N, order.offsets[::slots].tolist(), slots)
+    visited = sorted(set(ids_TK[ids_TK >= 0].tolist()))
+    assert batch.expert_V is not None and batch.expert_V.tolist() == visited
+    expert_n = ids_TK.flatten()[batch.visit_n].view(len(visited), batch.most)
+    assert torch.equal(expert_n, batch.expert_V.unsqueeze(1).expand_as(expert_n))
+    real_n = ~batch.padding_n1.squeeze(1)
+    used = (ids_TK.flatten() >= 0).nonzero().squeeze(1)
+    assert torch.equal(batch.visit_n[real_n].sort()[0], used)
+    sorted_n = batch.visit_n[batch.position_U].int()
+    assert torch.equal(sorted_n, order.order_N[: len(used)])
+
+
+def test_padding_is_not_summed_and_tokens_without_visits_get_zero() -> None:
+    ids_TK = ids()
+    ids_TK[::3, 1] = -1
+    ids_TK[3] = -1
+    order = sort_visits(ids_TK, EXPERTS)
+    batch = padded(order.order_N, order.offsets[::SLOTS].tolist(), SLOTS)
+    real_n = ~batch.padding_n1.squeeze(1)
+    rows_nX = randn(len(batch), 3, seed=1)
+    sums = Sums(TOKENS, 3, torch.float32)
+    batch.add(sums, rows_nX.masked_fill(batch.padding_n1, float("nan")))
+    expected = torch.zeros(TOKENS, 3)
+    expected.index_add_(0, batch.token_n[real_n], rows_nX[real_n])
+    assert_close("sums", sums.complete(), expected, "fp32")
+    assert not bool(sums.complete()[3].any())
+    assert not bool(
+        batch.of_visits(torch.ones(TOKENS, SLOTS), rows_nX.dtype)[~real_n].any()
+    )
 
 
 def test_one_part_of_one_touched_expert_is_unpacked_at_a_time(

@@ -21,6 +21,7 @@ from samv2_kernels import (
     visited_ids,
     walk,
 )
+from samv2_kernels.cpu.padded import padding_pays
 from samv2_kernels.expert_mlp import expert_mlp
 from samv2_kernels.nf4 import quantise
 from tests.helpers import assert_close, generator, randn
@@ -134,6 +135,26 @@ def test_all_tokens_may_visit_one_expert() -> None:
     walked = replace(walked, reached_TE=walked.reached_TE.double().requires_grad_())
     problem = replace(make_problem(11, 4, 1), walked=walked)
     assert sort_visits(walked.expert_ids_TK, 4).offsets.tolist() == [0, 0, 0, 11, 11]
+    assert_matches(problem)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("loads", [(30, 34, 25, 31), (110, 3, 0, 7), (120, 0, 0, 0)])
+def test_even_and_uneven_loads(loads: tuple[int, ...], shared: bool) -> None:
+    """On a CPU: one padded batch, expert by expert, and one expert alone."""
+    ids_T = torch.repeat_interleave(torch.arange(4), torch.tensor(loads))
+    ids_T = ids_T[torch.randperm(120, generator=generator(1))]
+    scores_TE = torch.zeros(120, 4).scatter(1, ids_T.unsqueeze(1), 1.0)
+    mask_MEE = torch.ones(1, 4, 4, dtype=torch.bool).triu()
+    walked = walk(scores_TE, mask_MEE, experts_per_token=1)
+    bounds = sort_visits(walked.expert_ids_TK, 4).offsets.tolist()
+    assert [stop - start for start, stop in zip(bounds, bounds[1:])] == list(loads)
+    assert padding_pays(bounds, 15) == (loads[1] != 3)
+    walked = replace(walked, reached_TE=walked.reached_TE.double().requires_grad_())
+    problem = replace(make_problem(120, 4, 1), walked=walked)
+    if shared:
+        base_E = torch.tensor([3, 0, 0, 2])
+        problem = replace(problem, weights=replace(problem.weights, base_E=base_E))
     assert_matches(problem)
 
 
