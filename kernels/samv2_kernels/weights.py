@@ -17,7 +17,31 @@ from samv2_kernels.nf4_nested import nested_values
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertWeights:
+class _Stored:
+    """Base blocks in whichever form, and which of them each expert has."""
+
+    base_E: Tensor | None = None
+    """(E,) int64, the block of each expert: spawned ones share their parent's. None
+    where expert e has block e."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, F, D)."""
+        raise NotImplementedError
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.shape[0] if self.base_E is None else len(self.base_E)
+
+    @property
+    def ffn_width(self) -> int:
+        """F."""
+        return self.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertWeights(_Stored):
     """The frozen base blocks of one layer; B = E unless experts share blocks."""
 
     gate_EFD: Tensor
@@ -26,19 +50,11 @@ class ExpertWeights:
     """(B, F, D) rows of the up projection."""
     down_EFD: Tensor
     """(B, F, D) columns of the down projection, transposed."""
-    base_E: Tensor | None = None
-    """(E,) int64, the block of each expert: spawned ones share their parent's. None
-    where expert e has block e."""
 
     @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.gate_EFD if self.base_E is None else self.base_E)
-
-    @property
-    def ffn_width(self) -> int:
-        """F."""
-        return self.gate_EFD.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """(B, F, D)."""
+        return tuple(self.gate_EFD.shape)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -58,7 +74,7 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nf4Weights:
+class Nf4Weights(_Stored):
     """The base blocks of one layer in NF4."""
 
     gate: Nf4Experts
@@ -67,18 +83,11 @@ class Nf4Weights:
     """Of the up projection."""
     down: Nf4Experts
     """Of the down projection, transposed: F x D as the others."""
-    base_E: Tensor | None = None
-    """As in :class:`ExpertWeights`."""
 
     @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.gate.shape[0] if self.base_E is None else len(self.base_E)
-
-    @property
-    def ffn_width(self) -> int:
-        """F."""
-        return self.gate.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """(B, F, D)."""
+        return self.gate.shape
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -98,7 +107,7 @@ class Nf4Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodingWeights:
+class DecodingWeights(_Stored):
     """The base blocks of one layer, for inference on a CPU.
 
     See :func:`samv2_kernels.decoding.for_decoding`.
@@ -110,18 +119,11 @@ class DecodingWeights:
     """(B, D / 64, 2 F) bfloat16."""
     down: Nf4Experts
     """As in :class:`Nf4Weights`."""
-    base_E: Tensor | None = None
-    """As in :class:`Nf4Weights`."""
 
     @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.down.shape[0] if self.base_E is None else len(self.base_E)
-
-    @property
-    def ffn_width(self) -> int:
-        """F."""
-        return self.down.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """(B, F, D)."""
+        return self.down.shape
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -131,7 +133,7 @@ class DecodingWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordWeights:
+class WordWeights(_Stored):
     """The base blocks of one layer in the order that GPU kernels read NF4 in.
 
     :func:`samv2_kernels.nf4_layout.to_words` makes the parts. ``Nf4Weights`` on a GPU
@@ -144,18 +146,11 @@ class WordWeights:
     """Of the up projection."""
     down: Nf4Words
     """Of the down projection, transposed: F x D as the others."""
-    base_E: Tensor | None = None
-    """As in :class:`ExpertWeights`."""
 
     @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.gate.shape[0] if self.base_E is None else len(self.base_E)
-
-    @property
-    def ffn_width(self) -> int:
-        """F."""
-        return self.gate.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """(B, F, D)."""
+        return self.gate.shape
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -7,8 +7,8 @@ same bits on every run.
 
 Of NF4 weights, magnitudes vary along the reduction, so they are multiplied into the
 hidden units, in float16 (:mod:`samv2_kernels.gpu.tiles`): a product of a hidden unit and
-a magnitude overflows, visibly, from 32,752 on, one of a gradient from 8,188. One warp owns 64 columns: of several, each would
-decode all weights.
+a magnitude overflows, visibly, from 32,752 on, one of a gradient from 8,188. One warp
+owns 64 columns: of several, each would decode all weights.
 
 Shapes: T tokens, K slots, N = T K visits, D model width, B stored experts, F rows an
 expert, Q surrogate rank, W = D / 4 words a row, A = D / 64 blocks a row, M rows of a

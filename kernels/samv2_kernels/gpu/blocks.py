@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from samv2_kernels.gpu.tiles import HIDDEN_SHARE
 from samv2_kernels.nf4 import BLOCK
 from samv2_kernels.nf4_layout import PLANES, bytes_to_words, check_width
 
 FLOATS, NF4, NESTED = 3, 6, 13
-HIDDEN_SHARE = 0.25
-"""Of their size, hidden units are stored beside NF4 (:mod:`samv2_kernels.gpu.tiles`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ class Blocks:
     @property
     def hidden_share(self) -> float:
         """What hidden units are multiplied by when they are stored."""
-        return HIDDEN_SHARE if self.nf4 else 1.0
+        return HIDDEN_SHARE.value if self.nf4 else 1.0
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """In which hidden units are stored, for inputs of a dtype."""

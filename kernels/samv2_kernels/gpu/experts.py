@@ -65,9 +65,7 @@ def expert_mlp_forward(
     surrogate = (low_TQ, out_EQD, reached_TK)
     launch.to_tokens(call, "to_tokens", (hidden_NF,), scale_TK, surrogate, y_TD)
     if down_ERF is not None:
-        launch.project(
-            call, hidden_NF, down_ERF, (1, ffn_width), scale_TK, low_down_TR, x_TD
-        )
+        launch.project(call, hidden_NF, down_ERF, (1, ffn_width), scale_TK, low_down_TR)
     return y_TD, low_down_TR, gate_NF, up_NF
 
 
@@ -158,9 +156,7 @@ def _adapter_grads(
     for rows_NF, bank_EFR in zip(hidden_grads, (gate_EFR, up_EFR)):
         rank = bank_EFR.shape[2]
         out_TR = call.x_TD.new_zeros((call.tokens, rank), dtype=torch.float32)
-        launch.project(
-            call, rows_NF, bank_EFR, (rank, 1), call.combine_TK, out_TR, call.x_TD
-        )
+        launch.project(call, rows_NF, bank_EFR, (rank, 1), call.combine_TK, out_TR)
         found.append((out_TR * power_T1).to(dtype))
     lows = [(low * power_T1).to(dtype) for low in (low_gate_TR, low_up_TR)]
     lows.append(grad_low_TR.to(dtype))
@@ -183,7 +179,6 @@ def _stand_in_grads(
         (1, call.D),
         reached_TK.float().contiguous(),
         dlow_TQ,
-        low_TQ,
         low_TQ.contiguous(),
         dreached_TK,
     )

@@ -82,9 +82,30 @@ class Call:
         shape = {"D": self.D, "F": self.F, "E": self.num_experts}
         return choose(kernel, weights, rows, rank=rank, **shape)
 
+    @property
+    def base(self) -> Tensor:
+        """The block of each expert, or anything where kernels do not look."""
+        return self.x_TD if self.base_E is None else self.base_E
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """What kernels that read weights are compiled for."""
+        return {
+            "SLOTS": self.slots,
+            "D": self.D,
+            "NF4": self.blocks.nf4,
+            "NESTED": self.blocks.nested,
+            "SECONDS": self.blocks.seconds,
+            "HAS_BASE": self.base_E is not None,
+        }
+
 
 def _rank_block(rank: int) -> int:
     return max(LEAST_RANK_BLOCK, triton.next_power_of_2(max(rank, 1)))
+
+
+def _schedule(config: Config) -> dict[str, int]:
+    return {"num_warps": config.warps, "num_stages": config.stages}
 
 
 def gate_up(
@@ -106,7 +127,7 @@ def gate_up(
         call.x_TD,
         call.order_N,
         tiles_L3,
-        absent if call.base_E is None else call.base_E,
+        call.base,
         gate.weights,
         up.weights,
         gate.absmax,
@@ -122,20 +143,14 @@ def gate_up(
         up_NF,
         call.F,
         call.D,
-        SLOTS=call.slots,
-        D=call.D,
+        **call.constants,
         R=rank,
         RANK_BLOCK=_rank_block(rank),
-        NF4=call.blocks.nf4,
-        NESTED=call.blocks.nested,
-        SECONDS=call.blocks.seconds,
-        HAS_BASE=call.base_E is not None,
         SAVE=save,
         BLOCK_M=config.rows,
         BLOCK_N=config.columns,
         BLOCK_K=config.step,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **_schedule(config),
     )
 
 
@@ -164,7 +179,7 @@ def hidden_grad(
         dy_TD,
         call.order_N,
         tiles_L3,
-        absent if call.base_E is None else call.base_E,
+        call.base,
         down.weights,
         down.absmax,
         down.second,
@@ -179,19 +194,13 @@ def hidden_grad(
         part_NY,
         call.F,
         call.D,
-        SLOTS=call.slots,
-        D=call.D,
+        **call.constants,
         R=rank,
         RANK_BLOCK=_rank_block(rank),
-        NF4=call.blocks.nf4,
-        NESTED=call.blocks.nested,
-        SECONDS=call.blocks.seconds,
-        HAS_BASE=call.base_E is not None,
         BLOCK_M=config.rows,
         BLOCK_N=config.columns,
         BLOCK_K=config.step,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **_schedule(config),
     )
     return dgate_NF, dup_NF, part_NY.sum(dim=1)
 
@@ -221,7 +230,7 @@ def to_tokens(
             rows[0],
             call.order_N,
             tiles_L3,
-            absent if call.base_E is None else call.base_E,
+            call.base,
             first.weights,
             first.absmax,
             first.second,
@@ -238,21 +247,15 @@ def to_tokens(
             out,
             out_TD,
             call.F,
-            SLOTS=call.slots,
+            **call.constants,
             F=call.F,
-            D=call.D,
             Q=rank,
             RANK_BLOCK=_rank_block(rank),
-            NF4=call.blocks.nf4,
-            NESTED=call.blocks.nested,
-            SECONDS=call.blocks.seconds,
-            HAS_BASE=call.base_E is not None,
             TWO=two,
             BLOCK_M=config.rows,
             BLOCK_N=config.columns,
             BLOCK_F=config.step,
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **_schedule(config),
         )
 
 
@@ -263,7 +266,6 @@ def project(
     strides: tuple[int, int],
     weight_TK: Tensor,
     out_TR: Tensor,
-    like: Tensor,
     low_TR: Tensor | None = None,
     dots_TK: Tensor | None = None,
 ) -> None:
@@ -282,7 +284,7 @@ def project(
             tiles_L3,
             bank,
             weight_TK,
-            like if low_TR is None else low_TR,
+            call.x_TD if low_TR is None else low_TR,
             out_TR if dots_TK is None else dots_TK,
             out_TR,
             rows.shape[1],
@@ -293,8 +295,7 @@ def project(
             BY_TOKEN=negate,
             NEGATE=negate,
             BLOCK_M=config.rows,
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **_schedule(config),
         )
 
 
@@ -322,6 +323,5 @@ def adapter_grad(
         RANK_BLOCK=_rank_block(rank),
         BLOCK_M=config.rows,
         BLOCK_F=config.columns,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **_schedule(config),
     )

@@ -37,21 +37,23 @@ def shipped_specs(arch: str) -> list[KernelSpec]:
     return [*experts, *sort.audited(arch), *walk.audited(arch)]
 
 
-def _pointers(kind: str, weights: tuple[str, ...]) -> dict[str, str]:
-    """Types of the pointers that depend on the kind of weights."""
-    codes = "*bf16" if kind == "float" else "*i16"
-    absmax = {"float": "*bf16", "nf4": "*fp32", "nested": "*u8"}[kind]
+def _matrix(kind: str, weights: str, mark: str = "", end: str = "") -> dict[str, str]:
+    """Types of one matrix's pointers.
+
+    Args:
+        kind: of weights.
+        weights: what the kernel calls them.
+        mark: what the names of its magnitudes begin with.
+        end: and end with.
+    """
     second = "*bf16" if kind == "float" else "*fp32"
-    types: dict[str, str] = {"table_ptr": second}
-    for name in weights:
-        types[f"{name}_ptr"] = codes
-        mark = name.removeprefix("weight") if name.startswith("weight") else f"{name}_"
-        for part, kind_of in (("absmax", absmax), ("second", second)):
-            own = f"{part}{mark}" if name.startswith("weight") else f"{mark}{part}"
-            types[f"{own}_ptr"] = kind_of
-        own = f"offset{mark}" if name.startswith("weight") else f"{mark}offset"
-        types[f"{own}_ptr"] = second
-    return types
+    return {
+        f"{weights}_ptr": "*bf16" if kind == "float" else "*i16",
+        f"{mark}absmax{end}_ptr": "*u8" if kind == "nested" else second,
+        f"{mark}second{end}_ptr": second,
+        f"{mark}offset{end}_ptr": second,
+        "table_ptr": second,
+    }
 
 
 def _spec(
@@ -121,7 +123,11 @@ def _gate_up(kind: str, config: Config) -> Iterator[KernelSpec]:
             gate_up_kernel,
             config,
             f"{kind} {shape}",
-            types={**_pointers(kind, ("gate", "up")), "hidden_ptr": hidden},
+            types={
+                **_matrix(kind, "gate", "gate_"),
+                **_matrix(kind, "up", "up_"),
+                "hidden_ptr": hidden,
+            },
             constexprs={
                 **_kind(kind, D, F),
                 "R": RANK,
@@ -140,15 +146,8 @@ def _gate_up(kind: str, config: Config) -> Iterator[KernelSpec]:
 
 def _hidden_grad(kind: str, config: Config) -> Iterator[KernelSpec]:
     hidden = "*bf16" if kind == "float" else "*fp16"
-    own = {
-        f"{part}_ptr": kind_of
-        for part, kind_of in _pointers(kind, ("weight",)).items()
-        for part in [part.removesuffix("_ptr")]
-        if part != "weight"
-    }
     types = {
-        **own,
-        "down_ptr": "*bf16" if kind == "float" else "*i16",
+        **_matrix(kind, "down"),
         "gate_grad_ptr": hidden,
         "up_grad_ptr": hidden,
         "combine_part_ptr": "*fp32",
@@ -179,7 +178,8 @@ def _along_rows(two: bool) -> Callable[[str, Config], Iterator[KernelSpec]]:
     def build(kind: str, config: Config) -> Iterator[KernelSpec]:
         rows = "*bf16" if kind == "float" else "*fp16"
         types = {
-            **_pointers(kind, ("weight", "weight2")),
+            **_matrix(kind, "weight"),
+            **_matrix(kind, "weight2", end="2"),
             "rows_ptr": rows,
             "rows2_ptr": rows,
             "out_ptr": "*fp32",
