@@ -60,16 +60,37 @@ def sort_visits(expert_ids_TK: Tensor, num_experts: int) -> VisitOrder:
         The order and the groups' offsets.
 
     Raises:
-        ValueError: ``expert_ids_TK`` is not a matrix, or ``num_experts`` is below 1.
+        ValueError: ``expert_ids_TK`` is not a matrix of integers, or ``num_experts`` is
+            below 1; or, on a CPU, an id is no expert. A GPU would have to be waited for
+            to tell: there such ids give an undefined order.
     """
     if expert_ids_TK.dim() != 2:
         raise ValueError(
             f"expert_ids_TK has shape {tuple(expert_ids_TK.shape)}; it must be (T, K)"
         )
+    if expert_ids_TK.is_floating_point() or expert_ids_TK.dtype == torch.bool:
+        raise ValueError(
+            f"expert_ids_TK is {expert_ids_TK.dtype}; it must hold integers: experts, or "
+            "-1 for an unused visit"
+        )
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}, it must be at least 1")
+    _check_ids(expert_ids_TK, num_experts)
     order_N, offsets = _sort_visits(expert_ids_TK, num_experts)
     return VisitOrder(order_N=order_N, offsets=offsets)
+
+
+def _check_ids(expert_ids_TK: Tensor, num_experts: int) -> None:
+    """Where asking is free, refuse ids that are no experts."""
+    is_cpu = expert_ids_TK.device.type == "cpu"
+    if not is_cpu or torch.compiler.is_compiling() or not expert_ids_TK.numel():
+        return
+    least, most = (int(value) for value in expert_ids_TK.aminmax())
+    if least < -1 or most >= num_experts:
+        raise ValueError(
+            f"expert_ids_TK has ids {least}..{most}; with {num_experts} experts they must "
+            f"lie in -1..{num_experts - 1}, -1 for an unused visit"
+        )
 
 
 def tile_table(
@@ -97,7 +118,17 @@ def tile_table(
         (S, L, 3) int32 entries (expert, first row, stop row) into the sorted order, by
         rising expert; S = K by slot, else 1; L = ceil(rows / rows_per_tile) + E with
         rows = T by slot, else T K. Entries that are not needed have expert -1.
+
+    Raises:
+        ValueError: ``rows_per_tile`` is below 1, or ``offsets`` has not E K + 1 entries.
     """
+    if rows_per_tile < 1:
+        raise ValueError(f"rows_per_tile is {rows_per_tile}, it must be at least 1")
+    if offsets.shape != (num_experts * slots + 1,):
+        raise ValueError(
+            f"offsets has shape {tuple(offsets.shape)}; {num_experts} experts and {slots} "
+            f"slots need ({num_experts * slots + 1},)"
+        )
     if offsets.is_cuda:
         from samv2_kernels.gpu.sort import tile_table_gpu as how
     else:

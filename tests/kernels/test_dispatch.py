@@ -182,3 +182,28 @@ def test_nothing_waits_for_the_device(by_slot: bool) -> None:
     shape = dict(num_experts=4, slots=2, tokens=9, rows_per_tile=4, by_slot=by_slot)
     tiles = tile_table(offsets, **shape)
     assert order_N.shape == (18,) and tiles.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "ids_TK, complaint",
+    [
+        (torch.zeros(3, 2), "is torch.float32; it must hold integers"),
+        (
+            torch.tensor([[0, 4]]),
+            r"has ids 0..4; with 4 experts they must lie in -1..3",
+        ),
+        (torch.tensor([[-2, 1]]), r"has ids -2..1; with 4 experts"),
+    ],
+)
+def test_ids_that_are_no_experts_are_refused(ids_TK: Tensor, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        sort_visits(ids_TK, 4)
+
+
+def test_tables_of_impossible_tiles_are_refused() -> None:
+    shape = dict(num_experts=4, slots=2, tokens=3, by_slot=True)
+    offsets = sort_visits(torch.zeros(3, 2, dtype=torch.long), 4).offsets
+    with pytest.raises(ValueError, match="rows_per_tile is 0, it must be at least 1"):
+        tile_table(offsets, rows_per_tile=0, **shape)
+    with pytest.raises(ValueError, match=r"offsets has shape \(8,\); 4 experts and 2"):
+        tile_table(offsets[1:], rows_per_tile=4, **shape)
