@@ -3,10 +3,16 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "rle.h"
+#include "top_k.h"
 
 namespace py = pybind11;
 
@@ -48,13 +54,20 @@ void check_log2(const char* name, int value, int least, int most) {
                           std::to_string(least) + " to " + std::to_string(most));
 }
 
-py::bytes encode(const py::list& tensors, int codec, int block_log2, int quant_log2,
-                 const py::object& seed, u64 round, u64 fingerprint, bool error_feedback) {
-  check_log2("block_log2", block_log2, rle::kMinBlockLog2, rle::kMaxBlockLog2);
+struct Packing {
   rle::PackOptions options;
+  std::vector<py::buffer_info> pins;
+  std::vector<rle::SourceTensor> sources;
+};
+
+Packing packing(const py::list& tensors, int codec, int block_log2, int quant_log2,
+                const py::object& seed, u64 round, u64 fingerprint, bool error_feedback) {
+  check_log2("block_log2", block_log2, rle::kMinBlockLog2, rle::kMaxBlockLog2);
+  Packing packing;
+  rle::PackOptions& options = packing.options;
+  if (codec < 0 || codec > 5)
+    throw py::value_error("codec is " + std::to_string(codec) + ", supported are 0 to 5");
   options.codec = static_cast<rle::Codec>(codec);
-  if (codec < 0 || codec > 5 || options.codec == rle::Codec::nf4)
-    throw py::value_error("codec is " + std::to_string(codec) + ", supported are 0, 1, 2, 3, 5");
   if (rle::is_quantised(options.codec))
     check_log2("quant_log2", quant_log2, rle::kMinQuantLog2, rle::kMaxQuantLog2);
   options.block_log2 = block_log2;
@@ -64,34 +77,64 @@ py::bytes encode(const py::list& tensors, int codec, int block_log2, int quant_l
   options.round = round;
   options.fingerprint = fingerprint;
   options.error_feedback = error_feedback;
-
-  std::vector<py::buffer_info> pins;
-  std::vector<rle::SourceTensor> sources;
   for (const py::handle& item : tensors) {
     const auto row = item.cast<py::tuple>();
     const u32 id = row[0].cast<u32>();
-    if (!sources.empty() && id <= sources.back().id)
+    if (!packing.sources.empty() && id <= packing.sources.back().id)
       throw py::value_error("tensor ids must increase strictly");
     const rle::Dtype dtype = dtype_of(row[1].cast<int>());
     const u64 numel = row[2].cast<u64>();
     const bool wide = dtype == rle::Dtype::f32;
-    pins.push_back(pinned(row[3], numel, rle::dtype_bytes(dtype), false));
-    expect_format(pins.back(), wide ? 'i' : 'h');
-    sources.push_back({id, dtype, numel, pins.back().ptr});
+    packing.pins.push_back(pinned(row[3], numel, rle::dtype_bytes(dtype), false));
+    expect_format(packing.pins.back(), wide ? 'i' : 'h');
+    packing.sources.push_back({id, dtype, numel, packing.pins.back().ptr});
   }
+  return packing;
+}
 
-  std::vector<rle::FrameWriter> writer;
+// Large fresh memory is mostly page faults; huge pages make them few.
+void prefer_huge_pages(u8* bytes, u64 size) {
+#if defined(MADV_HUGEPAGE)
+  constexpr u64 kHuge = u64{2} << 20;
+  const u64 head = (0 - reinterpret_cast<std::uintptr_t>(bytes)) & (kHuge - 1);
+  if (size < head + kHuge) return;
+  madvise(bytes + head, (size - head) & ~(kHuge - 1), MADV_HUGEPAGE);
+#else
+  (void)bytes, (void)size;
+#endif
+}
+
+// `out` is None, or a writable buffer of bytes: then the frame's length is returned, and
+// nothing is written if it does not fit.
+py::object encode(const py::list& tensors, int codec, int block_log2, int quant_log2,
+                  const py::object& seed, u64 round, u64 fingerprint, bool error_feedback,
+                  const py::object& out) {
+  const Packing job =
+      packing(tensors, codec, block_log2, quant_log2, seed, round, fingerprint, error_feedback);
+  std::unique_ptr<rle::FrameWriter> writer;
   {
     py::gil_scoped_release release;
-    writer.emplace_back(sources, options);
+    writer = std::make_unique<rle::FrameWriter>(job.sources, job.options);
   }
-  PyObject* raw = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(writer[0].size()));
+  const u64 size = writer->size();
+  if (!out.is_none()) {
+    const py::buffer_info target = py::reinterpret_borrow<py::buffer>(out).request(true);
+    if (target.ndim != 1 || target.itemsize != 1 || target.strides[0] != 1)
+      throw py::type_error("`out` must be a contiguous, 1-D buffer of bytes");
+    if (static_cast<u64>(target.size) >= size) {
+      py::gil_scoped_release release;
+      writer->write(static_cast<u8*>(target.ptr));
+    }
+    return py::int_(size);
+  }
+  PyObject* raw = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size));
   if (raw == nullptr) throw py::error_already_set();
   auto frame = py::reinterpret_steal<py::bytes>(raw);
-  u8* out = reinterpret_cast<u8*>(PyBytes_AS_STRING(raw));
+  u8* bytes = reinterpret_cast<u8*>(PyBytes_AS_STRING(raw));
   {
     py::gil_scoped_release release;
-    writer[0].write(out);
+    prefer_huge_pages(bytes, size);
+    writer->write(bytes);
   }
   return frame;
 }
@@ -112,74 +155,164 @@ rle::Expectation expectation(const py::list& manifest, u64 fingerprint, u64 roun
   return expected;
 }
 
-struct Checked {
-  rle::Frame frame;
-  std::vector<rle::Masks> masks;
-};
-
 // The whole frame is checked before the first byte of any output changes.
-Checked check(const py::bytes& bytes, const rle::Expectation& expected, bool allow_nonfinite) {
+rle::Frame check(const py::bytes& bytes, const rle::Expectation& expected, bool allow_nonfinite,
+                 rle::Workspace& work) {
   const u8* data = data_of(bytes);
   const u64 size = size_of(bytes);
   py::gil_scoped_release release;
-  Checked checked{rle::parse(data, size, &expected), {}};
-  for (const rle::Entry& entry : checked.frame.entries)
-    checked.masks.push_back(rle::validate(checked.frame, entry, allow_nonfinite));
-  return checked;
+  rle::Frame frame = rle::parse(data, size, &expected);
+  for (const rle::Entry& entry : frame.entries)
+    rle::validate(frame, entry, allow_nonfinite, work);
+  return frame;
+}
+
+// An array whose first element stands on a cache line, so that it can be streamed to.
+py::array aligned_array(rle::Dtype dtype, u64 numel) {
+  const u64 width = rle::dtype_bytes(dtype);
+  const auto room = static_cast<py::ssize_t>(numel * width + 64);
+  const py::array_t<u8> memory(room);
+  const u64 skip = (0 - reinterpret_cast<std::uintptr_t>(memory.data())) & 63;
+  const u8* first = memory.data() + skip;
+  const auto count = static_cast<py::ssize_t>(numel);
+  if (width == 4)
+    return py::array_t<std::int32_t>(count, reinterpret_cast<const std::int32_t*>(first), memory);
+  return py::array_t<std::int16_t>(count, reinterpret_cast<const std::int16_t*>(first), memory);
 }
 
 py::list decode(const py::bytes& bytes, const py::list& manifest, u64 fingerprint, u64 round,
                 bool allow_nonfinite) {
   const rle::Expectation expected = expectation(manifest, fingerprint, round);
-  const Checked checked = check(bytes, expected, allow_nonfinite);
+  const auto work = rle::make_workspace();
+  const rle::Frame frame = check(bytes, expected, allow_nonfinite, *work);
   py::list result;
   std::vector<void*> outputs;
-  for (const rle::Entry& entry : checked.frame.entries) {
-    const auto count = static_cast<py::ssize_t>(entry.numel);
-    py::array array = entry.dtype == rle::Dtype::f32
-                          ? py::array(py::array_t<std::int32_t>(count))
-                          : py::array(py::array_t<std::int16_t>(count));
+  for (const rle::Entry& entry : frame.entries) {
+    py::array array = aligned_array(entry.dtype, entry.numel);
     outputs.push_back(array.mutable_data());
     result.append(py::make_tuple(entry.id, array));
   }
   {
     py::gil_scoped_release release;
     for (std::size_t i = 0; i < outputs.size(); ++i)
-      rle::decode(checked.frame, checked.frame.entries[i], checked.masks[i], outputs[i]);
+      rle::decode(frame, frame.entries[i], outputs[i], *work);
   }
   return result;
 }
 
-// `accumulators` maps ids to float32 buffers; ids in `skip` are left out. Returns the ids
-// that the frame carries and `accumulators` lacks; if there are any, nothing was added.
-py::list accumulate(const py::bytes& bytes, const py::list& manifest, u64 fingerprint, u64 round,
-                    bool allow_nonfinite, float weight, const py::dict& accumulators,
+// Decodes into `outputs`, {id: buffer of the source dtype's bits}, checking on the way.
+// Returns (ids in the frame, ids that `outputs` lacks); if there are any of the second,
+// nothing was written.
+py::tuple decode_into(const py::bytes& bytes, const py::list& manifest, u64 fingerprint,
+                      u64 round, bool allow_nonfinite, const py::dict& outputs) {
+  const rle::Expectation expected = expectation(manifest, fingerprint, round);
+  const u8* data = data_of(bytes);
+  const u64 size = size_of(bytes);
+  const rle::Frame frame = rle::parse(data, size, &expected, rle::BodyHash::later);
+  std::vector<py::buffer_info> pins;
+  std::vector<void*> pointers;
+  py::list ids;
+  py::list missing;
+  for (const rle::Entry& entry : frame.entries) {
+    const py::int_ id(entry.id);
+    ids.append(id);
+    if (!outputs.contains(id)) {
+      missing.append(id);
+      continue;
+    }
+    pins.push_back(pinned(outputs[id], entry.numel, rle::dtype_bytes(entry.dtype), true));
+    expect_format(pins.back(), entry.dtype == rle::Dtype::f32 ? 'i' : 'h');
+    pointers.push_back(pins.back().ptr);
+  }
+  if (missing.empty()) {
+    const auto work = rle::make_workspace();
+    py::gil_scoped_release release;
+    rle::decode_unchecked_frame(data, size, expected, allow_nonfinite, pointers, *work);
+  }
+  return py::make_tuple(ids, missing);
+}
+
+// `frames` are (bytes, weight); `accumulators` maps ids to float32 buffers; ids in `skip`
+// are left out. Returns the ids that a frame carries and `accumulators` lacks; if there
+// are any, nothing was added.
+py::list accumulate(const py::list& frames, const py::list& manifest, u64 fingerprint,
+                    u64 round, bool allow_nonfinite, const py::dict& accumulators,
                     const py::set& skip) {
   const rle::Expectation expected = expectation(manifest, fingerprint, round);
-  const Checked checked = check(bytes, expected, allow_nonfinite);
+  const auto work = rle::make_workspace();
+  std::vector<rle::Frame> parsed;
+  std::vector<float> weights;
+  for (const py::handle& item : frames) {
+    const auto row = item.cast<py::tuple>();
+    parsed.push_back(check(row[0].cast<py::bytes>(), expected, allow_nonfinite, *work));
+    weights.push_back(row[1].cast<float>());
+  }
+  std::vector<std::vector<rle::Addend>> addends(expected.rows.size());
+  for (std::size_t f = 0; f < parsed.size(); ++f)
+    for (const rle::Entry& entry : parsed[f].entries)
+      addends[entry.manifest_row].push_back({&parsed[f], &entry, weights[f]});
+
   std::vector<py::buffer_info> pins;
-  std::vector<std::size_t> chosen;
+  std::vector<std::size_t> rows;
   py::list missing;
-  for (std::size_t i = 0; i < checked.frame.entries.size(); ++i) {
-    const rle::Entry& entry = checked.frame.entries[i];
-    const py::int_ id(entry.id);
-    if (skip.contains(id)) continue;
+  for (std::size_t row = 0; row < addends.size(); ++row) {
+    const py::int_ id(expected.rows[row].id);
+    if (addends[row].empty() || skip.contains(id)) continue;
     if (!accumulators.contains(id)) {
       missing.append(id);
       continue;
     }
-    pins.push_back(pinned(accumulators[id], entry.numel, 4, true));
+    pins.push_back(pinned(accumulators[id], expected.rows[row].numel, 4, true));
     expect_format(pins.back(), 'f');
-    chosen.push_back(i);
+    rows.push_back(row);
   }
   if (!missing.empty()) return missing;
   {
     py::gil_scoped_release release;
-    for (std::size_t i = 0; i < chosen.size(); ++i)
-      rle::accumulate(checked.frame, checked.frame.entries[chosen[i]],
-                      checked.masks[chosen[i]], weight, static_cast<float*>(pins[i].ptr));
+    for (std::size_t i = 0; i < rows.size(); ++i)
+      rle::accumulate(addends[rows[i]], static_cast<float*>(pins[i].ptr), *work);
   }
   return missing;
+}
+
+// {id: sum of squares} of the values a frame carries.
+py::dict squared_norms(const py::bytes& bytes, const py::list& manifest, u64 fingerprint,
+                       u64 round, bool allow_nonfinite) {
+  const rle::Expectation expected = expectation(manifest, fingerprint, round);
+  const auto work = rle::make_workspace();
+  const rle::Frame frame = check(bytes, expected, allow_nonfinite, *work);
+  py::dict norms;
+  for (const rle::Entry& entry : frame.entries)
+    norms[py::int_(entry.id)] = rle::squared_norm(frame, entry, *work);
+  return norms;
+}
+
+// Zeroes all but the `keep` largest magnitudes of all float32 bit buffers together, ties
+// by order: each of `sources` into the one of `outputs` at its place.
+void keep_largest(const py::list& sources, u64 keep, const py::list& outputs) {
+  std::vector<py::buffer_info> pins;
+  std::vector<rle::Piece> pieces;
+  std::vector<u32*> out;
+  u64 total = 0;
+  if (sources.size() != outputs.size()) throw py::value_error("one output for each source");
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    const u64 numel = static_cast<u64>(py::len(sources[i]));
+    pins.push_back(pinned(sources[i], numel, 4, false));
+    expect_format(pins.back(), 'i');
+    pieces.push_back({static_cast<const u32*>(pins.back().ptr), numel});
+    pins.push_back(pinned(outputs[i], numel, 4, true));
+    expect_format(pins.back(), 'i');
+    out.push_back(static_cast<u32*>(pins.back().ptr));
+    total += numel;
+  }
+  if (keep > total || total > 0xFFFFFFFFu)
+    throw py::value_error("cannot keep " + std::to_string(keep) + " of " +
+                          std::to_string(total) + " values");
+  py::gil_scoped_release release;
+  rle::Threshold threshold{0xFFFFFFFFu, 0};
+  if (keep > 0) threshold = rle::kth_magnitude(pieces, keep);
+  for (std::size_t i = 0; i < pieces.size(); ++i)
+    rle::keep_largest(pieces[i], threshold.bits, threshold.ties, out[i]);
 }
 
 // (minor, flags, fingerprint, round, [(id, dtype, codec, block_log2, quant_log2, numel,
@@ -216,6 +349,7 @@ void raise_frame_error(const rle::Refused& refused) {
 
 PYBIND11_MODULE(_rle, module) {
   module.doc() = "Packing codec of SAM-v2; use samv2.updates.packing instead.";
+  module.attr("isa") = rle::isa().name;
   py::register_local_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);
@@ -225,12 +359,20 @@ PYBIND11_MODULE(_rle, module) {
   });
   module.def("encode", &encode, py::arg("tensors"), py::kw_only(), py::arg("codec"),
              py::arg("block_log2"), py::arg("quant_log2"), py::arg("seed"), py::arg("round"),
-             py::arg("fingerprint"), py::arg("error_feedback"));
+             py::arg("fingerprint"), py::arg("error_feedback"), py::arg("out"));
   module.def("decode", &decode, py::arg("frame"), py::arg("manifest"), py::kw_only(),
              py::arg("fingerprint"), py::arg("round"), py::arg("allow_nonfinite"));
-  module.def("accumulate", &accumulate, py::arg("frame"), py::arg("manifest"), py::kw_only(),
+  module.def("decode_into", &decode_into, py::arg("frame"), py::arg("manifest"), py::kw_only(),
              py::arg("fingerprint"), py::arg("round"), py::arg("allow_nonfinite"),
-             py::arg("weight"), py::arg("accumulators"), py::arg("skip"));
+             py::arg("outputs"));
+  module.def("accumulate", &accumulate, py::arg("frames"), py::arg("manifest"), py::kw_only(),
+             py::arg("fingerprint"), py::arg("round"), py::arg("allow_nonfinite"),
+             py::arg("accumulators"), py::arg("skip"));
+  module.def("squared_norms", &squared_norms, py::arg("frame"), py::arg("manifest"),
+             py::kw_only(), py::arg("fingerprint"), py::arg("round"),
+             py::arg("allow_nonfinite"));
+  module.def("keep_largest", &keep_largest, py::arg("sources"), py::arg("keep"),
+             py::arg("outputs"));
   module.def("inspect", &inspect, py::arg("frame"));
   module.def("xxh3_64", &xxh3_64, py::arg("data"));
 }

@@ -1,12 +1,13 @@
 // Bit streams (LSB first) and the 64-bit masks that say which elements are set.
 #pragma once
 
-#include "format.h"
+#include "isa.h"
 
 namespace rle {
+namespace {
 
 inline int popcount(u64 word) {
-#if defined(__POPCNT__) || defined(__aarch64__)
+#if RLE_LEVEL > 0 || defined(__POPCNT__) || defined(__aarch64__)
   return __builtin_popcountll(word);
 #else
   // Plain x86-64 has no instruction for it, and the compiler's routine is a slow call.
@@ -17,16 +18,18 @@ inline int popcount(u64 word) {
 #endif
 }
 inline int lowest(u64 word) { return __builtin_ctzll(word); }
+inline int highest(u64 word) { return 63 - __builtin_clzll(word); }
 
 inline u64 low_bits(unsigned count) {
   return count >= 64 ? ~u64{0} : (u64{1} << count) - 1;
 }
 
-// Calls visit(position) for every set bit, in rising order.
-template <class Visit>
-inline void for_each_set(const u64* words, u32 count, Visit visit) {
-  for (u32 w = 0; w < count; ++w)
-    for (u64 m = words[w]; m != 0; m &= m - 1) visit(w * 64 + lowest(m));
+inline u32 mask_words(u32 elements) { return (elements + 63) / 64; }
+
+inline u32 count_bits(const u64* words, u32 count) {
+  u32 bits = 0;
+  for (u32 w = 0; w < count; ++w) bits += static_cast<u32>(popcount(words[w]));
+  return bits;
 }
 
 inline void set_range(u64* words, u32 begin, u32 end) {
@@ -55,8 +58,7 @@ class BitWriter {
   void rice(u32 value, unsigned k) {
     u32 zeros = value >> k;
     for (; zeros > 32; zeros -= 32) put(0, 32);
-    put(u64{1} << zeros, zeros + 1);
-    put(value & low_bits(k), k);
+    put((u64{1} | (value & low_bits(k)) << 1) << zeros, zeros + 1 + k);
   }
 
  private:
@@ -65,61 +67,84 @@ class BitWriter {
   unsigned used_ = 0;
 };
 
-// Reads Rice codes from a copy of an index stream that has 32 zero bytes behind it.
+// Reads Rice codes from a copy of an index stream that has kIndexSlack zero bytes behind it.
+// The first fault ends the reading: later calls return zeros.
 class BitReader {
  public:
-  static constexpr u32 kSlack = 32;
-
   BitReader(const u8* bytes, u32 length) : bytes_(bytes), end_(u64{8} * length) {}
 
+  const Fault& fault() const { return fault_; }
+  bool failed() const { return fault_.reason != nullptr; }
+
   u32 rice(unsigned k, u32 largest_quotient) {
+    if (failed()) return 0;
     u64 quotient = 0;
     u64 window = peek();
     while ((window & low_bits(56)) == 0) {
       const u64 zeros = end_ - at_ < 56 ? end_ - at_ : 56;
       quotient += zeros;
       at_ += zeros;
-      if (quotient > largest_quotient) unary(largest_quotient);
-      if (at_ == end_) overrun();
+      if (quotient > largest_quotient) return fail({"unary", quotient, largest_quotient});
+      if (at_ == end_) return fail({"index_overrun"});
       window = peek();
     }
     // Only zeros stand behind the stream, so this one lies inside it.
-    const unsigned zeros = lowest(window);
+    const unsigned zeros = static_cast<unsigned>(lowest(window));
     quotient += zeros;
     at_ += zeros + 1;
-    if (quotient > largest_quotient) unary(largest_quotient);
+    if (quotient > largest_quotient) return fail({"unary", quotient, largest_quotient});
     const u32 value = static_cast<u32>(quotient << k | (peek() & low_bits(k)));
     at_ += k;
-    if (at_ > end_) overrun();
+    if (at_ > end_) return fail({"index_overrun"});
     return value;
   }
+
+  // Reads kCodes codes without moving on. Returns the bits they take, or 0 if they do not
+  // lie in one window of the stream and inside it.
+  template <int kCodes>
+  unsigned peek_group(unsigned k, u32* values) const {
+    const u64 mask = low_bits(k);
+    // Signed, so that shifts fill up with ones and there is always a lowest one.
+    auto window = static_cast<std::int64_t>(peek() | u64{1} << 63);
+    unsigned used = kCodes * (k + 1);
+    for (int i = 0; i < kCodes; ++i) {
+      const unsigned zeros = static_cast<unsigned>(lowest(static_cast<u64>(window)));
+      window >>= zeros;
+      values[i] = static_cast<u32>(zeros << k | (static_cast<u64>(window >> 1) & mask));
+      window >>= k + 1;
+      used += zeros;
+    }
+    return used <= kWindow && at_ + used <= end_ ? used : 0;
+  }
+
+  void skip(unsigned bits) { at_ += bits; }
 
   // True if only padding is left: fewer than 8 bits, all zero.
   bool exhausted() const { return end_ - at_ < 8 && (peek() & low_bits(end_ - at_)) == 0; }
 
   // The stream must end in the byte of its last code, and its spare bits must be zero.
-  void finish() const {
-    if (end_ - at_ >= 8)
-      throw Refused("index_unused", "an index stream has " + std::to_string((end_ - at_) / 8) +
-                                        " byte(s) behind its last code, it needs 0");
-    if (!exhausted())
-      throw Refused("index_padding", "the spare bits behind an index stream are not zero");
+  Fault finish() const {
+    if (failed()) return fault_;
+    if (end_ - at_ >= 8) return {"index_unused", (end_ - at_) / 8};
+    if (!exhausted()) return {"index_padding"};
+    return {};
+  }
+
+  u32 fail(const Fault& fault) {
+    fault_ = fault;
+    return 0;
   }
 
  private:
-  u64 peek() const { return load<u64>(bytes_ + (at_ >> 3)) >> (at_ & 7); }
+  static constexpr unsigned kWindow = 56;
 
-  [[noreturn]] static void overrun() {
-    throw Refused("index_overrun", "an index stream ends inside a code");
-  }
-  [[noreturn]] static void unary(u32 largest) {
-    throw Refused("unary", "a unary part in an index stream exceeds the block's largest, " +
-                               std::to_string(largest));
-  }
+  u64 peek() const { return load<u64>(bytes_ + (at_ >> 3)) >> (at_ & 7); }
 
   const u8* bytes_;
   u64 at_ = 0;
   u64 end_;
+  Fault fault_;
 };
 
+}  // namespace
 }  // namespace rle

@@ -53,7 +53,20 @@ class Refused : public std::runtime_error {
   const char* reason;
 };
 
-inline bool is_quantised(Codec codec) { return codec == Codec::int8 || codec == Codec::int4; }
+// What follows is private to each translation unit: the codec is compiled once for every
+// instruction set, and the linker must not mix the copies.
+namespace {
+
+inline u64 smaller_of(u64 a, u64 b) { return a < b ? a : b; }
+
+inline bool is_quantised(Codec codec) {
+  return codec == Codec::int8 || codec == Codec::nf4 || codec == Codec::int4;
+}
+
+// The largest level of a quantised code, in units of its scale.
+inline int quant_levels(Codec codec) {
+  return codec == Codec::int8 ? 127 : codec == Codec::int4 ? 7 : 1;
+}
 
 inline u64 dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
@@ -62,6 +75,7 @@ inline u64 value_bits(Codec codec, Dtype dtype) {
   switch (codec) {
     case Codec::raw: return 8 * dtype_bytes(dtype);
     case Codec::int8: return 8;
+    case Codec::nf4:
     case Codec::int4: return 4;
     default: return 16;
   }
@@ -73,7 +87,8 @@ inline u64 pieces(u64 count, int log2) {
 }
 
 inline u64 value_plane_bytes(u64 stored, Codec codec, Dtype dtype) {
-  return codec == Codec::int4 ? pieces(stored, 1) : stored * (value_bits(codec, dtype) / 8);
+  const u64 bits = value_bits(codec, dtype);
+  return bits == 4 ? pieces(stored, 1) : stored * (bits / 8);
 }
 
 inline u64 scale_plane_bytes(u64 stored, Codec codec, int quant_log2) {
@@ -91,5 +106,7 @@ template <class T>
 inline void store(u8* at, T value) {
   std::memcpy(at, &value, sizeof value);
 }
+
+}  // namespace
 
 }  // namespace rle

@@ -4,6 +4,7 @@
 #include "format.h"
 
 namespace rle {
+namespace {
 
 constexpr u32 kF32Infinity = 0x7F800000u;
 constexpr u16 kF16Infinity = 0x7C00u;
@@ -102,16 +103,22 @@ inline u64 mix(u64 z) {
   return z ^ (z >> 31);
 }
 
+inline u64 rng_key(u64 seed, u64 round, u64 tensor_id) {
+  constexpr u64 kStep = 0x9E3779B97F4A7C15ull;
+  return mix(mix(mix(seed + kStep) + round + kStep) + tensor_id + kStep);
+}
+
 // Stateless: the number of an element depends on nothing but its key and its index.
 struct CounterRng {
   static constexpr u64 kStep = 0x9E3779B97F4A7C15ull;
 
-  CounterRng(u64 seed, u64 round, u64 tensor_id)
-      : key(mix(mix(mix(seed + kStep) + round + kStep) + tensor_id + kStep)) {}
+  explicit CounterRng(u64 rng_key) : key(rng_key) {}
 
   u64 at(u64 element) const { return mix(key + (element + 1) * kStep); }
+  double uniform(u64 element) const { return static_cast<double>(at(element) >> 11) * 0x1p-53; }
 
   u64 key;
 };
 
+}  // namespace
 }  // namespace rle

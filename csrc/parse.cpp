@@ -60,6 +60,7 @@ bool known_codec(u8 codec, Dtype dtype) {
     case Codec::f16: return dtype != Dtype::f16;
     case Codec::raw:
     case Codec::int8:
+    case Codec::nf4:
     case Codec::int4: return true;
     default: return false;
   }
@@ -83,7 +84,7 @@ Entry read_entry(const u8* at, const std::string& name) {
                             : at[7] == 0;
   if (!quant_ok)
     refuse("quant_block", name + " has quantisation block code " + text(at[7]) +
-                              ", allowed are 5 to 12 for int8 and int4, else 0");
+                              ", allowed are 5 to 12 for int8, nf4 and int4, else 0");
   entry.quant_log2 = at[7];
   entry.numel = load<u64>(at + 8);
   entry.stored = load<u64>(at + 16);
@@ -197,7 +198,8 @@ void check_layout(const Frame& frame, Entry& entry) {
       frame.bytes[presence + presence_bytes - 1] >> (blocks & 7) != 0)
     refuse("presence_padding", name + " has spare presence bits set");
   u64 present = 0;
-  for (u64 i = 0; i < presence_bytes; ++i) present += popcount(frame.bytes[presence + i]);
+  for (u64 i = 0; i < presence_bytes; ++i)
+    present += static_cast<u64>(__builtin_popcount(frame.bytes[presence + i]));
   entry.descriptors = cursor.take(kDescriptorBytes * present, "block descriptors");
   entry.modes[0] = blocks - present;
 
@@ -240,15 +242,15 @@ BlockIndex Frame::descriptor(const Entry& entry, u64 nth_present, u64 block) con
           u32{load<u16>(at + 2)} + 1,  load<u16>(at + 4)};
 }
 
-Frame parse(const u8* bytes, u64 length, const Expectation* expected) {
+Frame parse(const u8* bytes, u64 length, const Expectation* expected, BodyHash body_hash) {
   Frame frame{};
   frame.bytes = bytes;
   frame.length = length;
   check_header(bytes, length, expected, frame);
   read_directory(bytes, expected, frame);
-  const u64 bodies = kHeaderBytes + kEntryBytes * frame.entries.size();
-  const u64 end = length - kTrailerBytes;
-  if (xxh3(bytes + bodies, end - bodies) != load<u64>(bytes + end))
+  const u64 end = frame.bodies_end();
+  if (body_hash == BodyHash::now &&
+      xxh3(bytes + frame.bodies(), end - frame.bodies()) != load<u64>(bytes + end))
     refuse("body_hash", "the bodies do not match their hash; send the frame again");
   for (Entry& entry : frame.entries) check_layout(frame, entry);
   return frame;

@@ -2,111 +2,296 @@
 
 #include <algorithm>
 
-#include "masked.h"
-
 namespace rle {
+
+struct Workspace {
+  Scratch scratch;
+  float floats[kMaxBlock];
+  alignas(64) u8 bits[4 * kMaxBlock + 64];
+};
+
+std::shared_ptr<Workspace> make_workspace() {
+  return std::shared_ptr<Workspace>(new Workspace);  // not zeroed: pages cost only when used
+}
 
 namespace {
 
-// Visits present blocks: visit(block number, nth present, descriptor, first value's number).
+// Values are checked, hashed and moved in pieces that stay in the first cache.
+constexpr u32 kPiece = 1024;
+static_assert(kPiece <= 1u << kMinBlockLog2, "a block is a whole number of pieces");
+
+// Larger outputs pass by the caches.
+constexpr u64 kStreamBytes = u64{4} << 20;
+
+bool aligned(const void* at) { return (reinterpret_cast<std::uintptr_t>(at) & 63) == 0; }
+
+// A walk over the present blocks of one entry.
+class BlockWalk {
+ public:
+  BlockWalk(const Frame& frame, const Entry& entry)
+      : frame_(&frame), entry_(&entry), index_(entry.index) {}
+
+  bool present(u64 block) const { return frame_->present(*entry_, block); }
+  // Of the next present block, which is number `block`.
+  BlockIndex descriptor(u64 block) const { return frame_->descriptor(*entry_, nth_, block); }
+  const u8* stream() const { return frame_->bytes + index_; }
+  u64 first_value() const { return value_; }
+  void advance(const BlockIndex& block) {
+    nth_ += 1;
+    index_ += block.index_bytes;
+    value_ += block.stored;
+  }
+
+ private:
+  const Frame* frame_;
+  const Entry* entry_;
+  u64 nth_ = 0;
+  u64 index_;
+  u64 value_ = 0;
+};
+
+// visit(block number, descriptor, its index stream, number of its first value)
 template <class Visit>
 void for_each_present(const Frame& frame, const Entry& entry, Visit visit) {
-  u64 nth = 0;
-  u64 start = 0;
+  BlockWalk walk(frame, entry);
   for (u64 b = 0; b < entry.blocks(); ++b) {
-    if (!frame.present(entry, b)) continue;
-    const BlockIndex block = frame.descriptor(entry, nth++, b);
-    visit(b, block, start);
-    start += block.stored;
+    if (!walk.present(b)) continue;
+    const BlockIndex block = walk.descriptor(b);
+    visit(b, block, walk.stream(), walk.first_value());
+    walk.advance(block);
   }
 }
 
-// Enough for any block of the tensor; small tensors must not pay for a full block.
-u64 scratch_elements(const Entry& entry) { return std::min<u64>(entry.numel, kMaxBlock); }
+void set_masks(const BlockIndex& block, const u8* stream, Scratch& scratch) {
+  const Fault fault = isa().decode_index(block, stream, scratch.masks);
+  if (fault.reason != nullptr) refuse(fault);
+}
 
-template <class Bits>
-void decode_as(const Frame& frame, const Entry& entry, const Masks& masks, Bits* out) {
+// Walks the pieces of a block: visit(first element, elements, number of its values).
+template <class Visit>
+void for_each_piece(const BlockIndex& block, const Scratch& scratch, Visit visit) {
+  for (u32 begin = 0; begin < block.elements; begin += kPiece) {
+    const u32 count = std::min(kPiece, block.elements - begin);
+    u32 stored = count;
+    if (block.mode != Mode::dense)
+      stored = isa().count_bits(scratch.masks + begin / 64, (count + 63) / 64);
+    visit(begin, count, stored);
+  }
+}
+
+class RawCheck {
+ public:
+  explicit RawCheck(bool allow_nonfinite) : allow_nonfinite_(allow_nonfinite) {}
+
+  void see(const u8* values, Dtype dtype, u32 count) {
+    const RawSurvey seen = isa().survey_raw(values, dtype, count);
+    seen_.nonfinite |= seen.nonfinite;
+    seen_.any_set |= seen.any_set;
+    seen_.zeros += seen.zeros;
+  }
+
+  void finish(bool dense) const {
+    if (seen_.nonfinite && !allow_nonfinite_) refuse({"nonfinite"});
+    if (dense && !seen_.any_set) refuse({"empty_block"});
+    if (!dense && seen_.zeros != 0) refuse({"zero_value", seen_.zeros});
+  }
+
+ private:
+  bool allow_nonfinite_;
+  RawSurvey seen_;
+};
+
+void check_lossy(const ValuePlane& plane, bool allow_nonfinite) {
+  const Fault fault = isa().check_values(plane, allow_nonfinite);
+  if (fault.reason != nullptr) refuse(fault);
+}
+
+// Writes the elements of one tensor front to back, zeros where nothing is stored.
+class Output {
+ public:
+  Output(const Entry& entry, void* out)
+      : width_(dtype_bytes(entry.dtype)),
+        numel_(entry.numel),
+        out_(static_cast<u8*>(out)),
+        stream_(entry.numel * width_ >= kStreamBytes && aligned(out)) {}
+
+  // `begin` is where the values belong; `masks` is null if every element has one.
+  void put(u64 begin, u32 count, const u64* masks, const u8* values, u32 stored) {
+    zeros_to(begin);
+    u8* at = out_ + begin * width_;
+    if (masks == nullptr)
+      isa().copy(at, values, count * width_, stream_);
+    else if (stored == 0)
+      isa().zero(at, count * width_, stream_);
+    else
+      isa().expand(masks, count, width_, values, stored, stream_, at);
+    written_ = begin + count;
+  }
+
+  void finish() {
+    zeros_to(numel_);
+    if (stream_) isa().fence();
+  }
+
+ private:
+  void zeros_to(u64 end) {
+    isa().zero(out_ + written_ * width_, (end - written_) * width_, stream_);
+    written_ = end;
+  }
+
+  u64 width_;
+  u64 numel_;
+  u8* out_;
+  bool stream_;
+  u64 written_ = 0;
+};
+
+const u64* piece_masks(const BlockIndex& block, const Scratch& scratch, u32 begin) {
+  return block.mode == Mode::dense ? nullptr : scratch.masks + begin / 64;
+}
+
+// Decodes one entry; with `on_raw` it sees every piece of raw values before it is moved:
+// on_raw(values, bytes) and on_raw_block(dense) after each block.
+template <class OnRaw, class OnBlock>
+void decode_entry(const Frame& frame, const Entry& entry, void* out, Workspace& work,
+                  OnRaw on_raw, OnBlock on_block) {
+  if (entry.numel == 0) return;
   const ValuePlane plane = frame.plane(entry);
-  const u64* block_masks = masks.data();
-  const u64 scratch = plane.codec == Codec::raw ? 0 : scratch_elements(entry);
-  std::vector<float> floats(scratch);
-  std::vector<Bits> bits(scratch);
-  u64 written = 0;
-  for_each_present(frame, entry, [&](u64 b, const BlockIndex& block, u64 start) {
-    const Bits* values = reinterpret_cast<const Bits*>(plane.values) + start;
-    if (plane.codec != Codec::raw) {
-      decode_values(plane, start, block.stored, floats.data());
-      for (u32 i = 0; i < block.stored; ++i) {
-        if (sizeof(Bits) == 4)
-          bits[i] = static_cast<Bits>(bits_of(floats[i]));
-        else
-          bits[i] = plane.dtype == Dtype::f16 ? to_f16(floats[i]) : to_bf16(floats[i]);
-      }
-      values = bits.data();
-    }
-    const u64 begin = b << entry.block_log2;
+  const bool raw = plane.codec == Codec::raw;
+  const u64 width = dtype_bytes(plane.dtype);
+  Output output(entry, out);
+  for_each_present(frame, entry, [&](u64 b, const BlockIndex& block, const u8* stream,
+                                     u64 value) {
     const bool dense = block.mode == Mode::dense;
-    const u64 end = begin + block.elements;
-    // Zeros are written just before the values, while the block is in the cache.
-    std::memset(out + written, 0, ((dense ? begin : end) - written) * sizeof(Bits));
-    written = end;
-    if (dense) {
-      std::memcpy(out + begin, values, sizeof(Bits) * block.stored);
-      return;
-    }
-    scatter(block_masks, block.elements, values, out + begin);
-    block_masks += mask_words(block.elements);
+    if (!dense) set_masks(block, stream, work.scratch);
+    const u64 base = b << entry.block_log2;
+    for_each_piece(block, work.scratch, [&](u32 begin, u32 count, u32 stored) {
+      const u8* values = plane.values + width * value;
+      if (raw) {
+        on_raw(values, stored);
+      } else {
+        isa().decode_values(plane, value, stored, work.floats);
+        isa().narrow(work.floats, plane.dtype, stored, work.bits);
+        values = work.bits;
+      }
+      output.put(base + begin, count, piece_masks(block, work.scratch, begin), values, stored);
+      value += stored;
+    });
+    if (raw) on_block(dense);
   });
-  std::memset(out + written, 0, (entry.numel - written) * sizeof(Bits));
+  output.finish();
+}
+
+void decode_while_checking(const u8* bytes, u64 length, const Expectation& expected,
+                           bool allow_nonfinite, const std::vector<void*>& outputs,
+                           Workspace& work) {
+  const Frame frame = parse(bytes, length, &expected, BodyHash::later);
+  HashState hash;
+  isa().hash_reset(hash);
+  for (std::size_t i = 0; i < frame.entries.size(); ++i) {
+    const Entry& entry = frame.entries[i];
+    const ValuePlane plane = frame.plane(entry);
+    const bool raw = plane.codec == Codec::raw;
+    const u64 hashed = raw ? entry.values - entry.body_begin : entry.body_bytes;
+    isa().hash_update(hash, bytes + entry.body_begin, hashed);
+    if (!raw) check_lossy(plane, allow_nonfinite);
+    RawCheck check(allow_nonfinite);
+    decode_entry(
+        frame, entry, outputs[i], work,
+        [&](const u8* values, u32 count) {
+          check.see(values, plane.dtype, count);
+          isa().hash_update(hash, values, count * dtype_bytes(plane.dtype));
+        },
+        [&](bool dense) {
+          check.finish(dense);
+          check = RawCheck(allow_nonfinite);
+        });
+  }
+  if (isa().hash_digest(hash) != load<u64>(bytes + frame.bodies_end()))
+    throw Refused("body_hash", "the bodies do not match their hash; send the frame again");
 }
 
 }  // namespace
 
-Masks validate(const Frame& frame, const Entry& entry, bool allow_nonfinite) {
+void validate(const Frame& frame, const Entry& entry, bool allow_nonfinite, Workspace& work) {
   const ValuePlane plane = frame.plane(entry);
-  Masks masks;
-  u64 at = entry.index;
-  for_each_present(frame, entry, [&](u64, const BlockIndex& block, u64 start) {
+  const bool raw = plane.codec == Codec::raw;
+  for_each_present(frame, entry, [&](u64, const BlockIndex& block, const u8* stream,
+                                     u64 value) {
     const bool dense = block.mode == Mode::dense;
-    if (!dense) {
-      masks.resize(masks.size() + mask_words(block.elements), 0);
-      decode_index(block, frame.bytes + at,
-                   masks.data() + masks.size() - mask_words(block.elements));
-      at += block.index_bytes;
-    }
-    if (plane.codec == Codec::raw)
-      check_raw_block(plane, start, block.stored, dense, allow_nonfinite);
+    if (!dense) set_masks(block, stream, work.scratch);
+    if (!raw) return;
+    RawCheck check(allow_nonfinite);
+    check.see(plane.values + dtype_bytes(plane.dtype) * value, plane.dtype, block.stored);
+    check.finish(dense);
   });
-  if (plane.codec != Codec::raw) check_values(plane, allow_nonfinite);
-  return masks;
+  if (!raw) check_lossy(plane, allow_nonfinite);
 }
 
-void decode(const Frame& frame, const Entry& entry, const Masks& masks, void* out) {
-  if (entry.numel == 0) return;
-  if (entry.dtype == Dtype::f32)
-    decode_as(frame, entry, masks, static_cast<u32*>(out));
-  else
-    decode_as(frame, entry, masks, static_cast<u16*>(out));
+void decode(const Frame& frame, const Entry& entry, void* out, Workspace& work) {
+  decode_entry(frame, entry, out, work, [](const u8*, u32) {}, [](bool) {});
 }
 
-void accumulate(const Frame& frame, const Entry& entry, const Masks& masks, float weight,
-                float* out) {
+void decode_unchecked_frame(const u8* bytes, u64 length, const Expectation& expected,
+                            bool allow_nonfinite, const std::vector<void*>& outputs,
+                            Workspace& work) {
+  try {
+    decode_while_checking(bytes, length, expected, allow_nonfinite, outputs, work);
+  } catch (const Refused&) {
+    // Which fault is named depends on the order of the checks; the documented order is
+    // that of the separate steps.
+    const Frame frame = parse(bytes, length, &expected);
+    for (const Entry& entry : frame.entries) validate(frame, entry, allow_nonfinite, work);
+    throw;
+  }
+}
+
+void accumulate(const std::vector<Addend>& addends, float* out, Workspace& work) {
+  if (addends.empty()) return;
+  std::vector<BlockWalk> walks;
+  for (const Addend& addend : addends) walks.emplace_back(*addend.frame, *addend.entry);
+  // Frames may use different block sizes: go by the largest, which all others divide.
+  const u64 numel = addends.front().entry->numel;
+  const u64 steps = pieces(numel, kMaxBlockLog2);
+  for (u64 step = 0; step < steps; ++step) {
+    for (std::size_t a = 0; a < addends.size(); ++a) {
+      const Entry& entry = *addends[a].entry;
+      const ValuePlane plane = addends[a].frame->plane(entry);
+      const bool direct = plane.codec == Codec::raw && plane.dtype == Dtype::f32;
+      const int finer = kMaxBlockLog2 - entry.block_log2;
+      const u64 end = std::min<u64>((step + 1) << finer, entry.blocks());
+      for (u64 b = step << finer; b < end; ++b) {
+        if (!walks[a].present(b)) continue;
+        const BlockIndex block = walks[a].descriptor(b);
+        const bool dense = block.mode == Mode::dense;
+        if (!dense) set_masks(block, walks[a].stream(), work.scratch);
+        const float* values = reinterpret_cast<const float*>(plane.values) +
+                              (direct ? walks[a].first_value() : 0);
+        if (!direct) {
+          isa().decode_values(plane, walks[a].first_value(), block.stored, work.floats);
+          values = work.floats;
+        }
+        float* to = out + (b << entry.block_log2);
+        if (dense)
+          isa().add_dense(values, block.stored, addends[a].weight, to);
+        else
+          isa().add(work.scratch.masks, block.elements, values, block.stored,
+                    addends[a].weight, to);
+        walks[a].advance(block);
+      }
+    }
+  }
+}
+
+double squared_norm(const Frame& frame, const Entry& entry, Workspace& work) {
   const ValuePlane plane = frame.plane(entry);
-  const u64* block_masks = masks.data();
-  std::vector<float> products(scratch_elements(entry));
-  for_each_present(frame, entry, [&](u64 b, const BlockIndex& block, u64 start) {
-    // Products go through memory, so no compiler can fuse them with the addition: the
-    // result has the same bits on machines with and without fused multiply-add.
-    decode_values(plane, start, block.stored, products.data());
-    for (u32 i = 0; i < block.stored; ++i) products[i] *= weight;
-    float* to = out + (b << entry.block_log2);
-    if (block.mode == Mode::dense) {
-      for (u32 i = 0; i < block.stored; ++i) to[i] += products[i];
-      return;
-    }
-    scatter_add(block_masks, block.elements, products.data(), to);
-    block_masks += mask_words(block.elements);
-  });
+  double sum = 0;
+  for (u64 start = 0; start < plane.stored; start += kPiece) {
+    const u32 count = static_cast<u32>(std::min<u64>(kPiece, plane.stored - start));
+    isa().decode_values(plane, start, count, work.floats);
+    sum += isa().sum_of_squares(work.floats, count);
+  }
+  return sum;
 }
 
 }  // namespace rle

@@ -1,12 +1,13 @@
 // The packing codec: tensors -> frame bytes -> tensors or a weighted sum.
 //
-// Pure C++17; no Python, no global state. The format is docs/wire_format.md.
+// C++17 without Python and without global state but the choice of the instruction set.
+// The format is docs/wire_format.md.
 #pragma once
 
+#include <memory>
 #include <vector>
 
-#include "index.h"
-#include "values.h"
+#include "isa.h"
 
 namespace rle {
 
@@ -42,22 +43,24 @@ class FrameWriter {
 
  private:
   struct Body {
-    Codec codec;
-    int quant_log2;
+    Coding coding;
     u64 stored = 0;
     u64 begin = 0;
     u64 bytes = 0;
     std::vector<u8> presence;
     std::vector<BlockIndex> blocks;  // present ones
     std::vector<u8> index;
-    std::vector<u64> masks;  // of present blocks that are not dense
+    std::vector<u8> kept;  // values of the blocks that keeps_values() names, packed
   };
 
-  Body plan(const SourceTensor& tensor, IndexEncoder& encoder) const;
+  bool keeps_values(const BlockIndex& block) const;
+
+  Body plan(const SourceTensor& tensor, Scratch& scratch) const;
   void write_header(u8* out) const;
   // Everything before the value plane; returns where the plane begins.
   u8* write_index(const Body& body, u8* out) const;
-  void write_values(const SourceTensor& tensor, const Body& body, u8* values) const;
+  void write_values(const SourceTensor& tensor, const Body& body, u8* values,
+                    const u8* end, HashState& hash) const;
 
   const std::vector<SourceTensor>& tensors_;
   PackOptions options_;
@@ -113,6 +116,8 @@ struct Frame {
   u64 round;
   std::vector<Entry> entries;
 
+  u64 bodies() const { return kHeaderBytes + kEntryBytes * entries.size(); }
+  u64 bodies_end() const { return length - kTrailerBytes; }
   ValuePlane plane(const Entry& entry) const;
   BlockIndex descriptor(const Entry& entry, u64 nth_present, u64 block) const;
   bool present(const Entry& entry, u64 block) const {
@@ -120,25 +125,49 @@ struct Frame {
   }
 };
 
-// Checks header, directory, hashes and the layout of every body; throws Refused.
-// `expected` may be null: then ids, dtypes, sizes, round and fingerprint are not compared.
-Frame parse(const u8* bytes, u64 length, const Expectation* expected);
+// Whether the hash of the bodies is compared while parsing or by a later step.
+enum class BodyHash { now, later };
 
-// Masks of the present, not dense blocks of one entry, one after the other.
-using Masks = std::vector<u64>;
+// Checks header, directory, hashes and the layout of every body; throws Refused.
+// `bytes` are aligned to 4 bytes. `expected` may be null: then ids, dtypes, sizes, round
+// and fingerprint are not compared. Allocates 200 bytes a tensor of the frame.
+Frame parse(const u8* bytes, u64 length, const Expectation* expected,
+            BodyHash body_hash = BodyHash::now);
+
+// Working memory of one thread, some 0.8 MB whatever the frame.
+struct Workspace;
+std::shared_ptr<Workspace> make_workspace();
 
 // Decodes every index stream and checks every value of one entry; throws Refused.
-Masks validate(const Frame& frame, const Entry& entry, bool allow_nonfinite);
+void validate(const Frame& frame, const Entry& entry, bool allow_nonfinite, Workspace& work);
 
 // Writes entry.numel elements of the source dtype. Cannot fail after validate.
-void decode(const Frame& frame, const Entry& entry, const Masks& masks, void* out);
+void decode(const Frame& frame, const Entry& entry, void* out, Workspace& work);
 
-// out[i] += weight * value[i] at every stored position: one float32 multiplication, then
-// one float32 addition. Cannot fail after validate.
-void accumulate(const Frame& frame, const Entry& entry, const Masks& masks, float weight,
-                float* out);
+// Checks and decodes in one pass over the frame, one output for each of its entries.
+// Throws Refused like parse and validate; the outputs are then undefined.
+void decode_unchecked_frame(const u8* bytes, u64 length, const Expectation& expected,
+                            bool allow_nonfinite, const std::vector<void*>& outputs,
+                            Workspace& work);
+
+struct Addend {
+  const Frame* frame;
+  const Entry* entry;
+  float weight;
+};
+
+// out[i] += weight * value[i] at every stored position, one float32 multiplication and one
+// float32 addition each, addend after addend: block by block, so that the sums stay in the
+// cache. All addends are of one tensor. Cannot fail after validate.
+void accumulate(const std::vector<Addend>& addends, float* out, Workspace& work);
+
+// Sum of squares of the decoded values, in float64. Cannot fail after validate.
+double squared_norm(const Frame& frame, const Entry& entry, Workspace& work);
 
 u64 xxh3(const u8* bytes, u64 length);
 u64 header_hash(const u8* header, const u8* directory, u64 directory_bytes);
+
+// Throws Refused with the message of a fault.
+[[noreturn]] void refuse(const Fault& fault);
 
 }  // namespace rle

@@ -3,6 +3,8 @@
 from numpy import int16, int32
 from numpy.typing import NDArray
 
+isa: str
+
 def encode(
     tensors: list[tuple[int, int, int, object]],
     *,
@@ -13,7 +15,8 @@ def encode(
     round: int,
     fingerprint: int,
     error_feedback: bool,
-) -> bytes: ...
+    out: object | None,
+) -> bytes | int: ...
 def decode(
     frame: bytes,
     manifest: list[tuple[int, int, int]],
@@ -22,17 +25,34 @@ def decode(
     round: int,
     allow_nonfinite: bool,
 ) -> list[tuple[int, NDArray[int32] | NDArray[int16]]]: ...
-def accumulate(
+def decode_into(
     frame: bytes,
     manifest: list[tuple[int, int, int]],
     *,
     fingerprint: int,
     round: int,
     allow_nonfinite: bool,
-    weight: float,
+    outputs: dict[int, object],
+) -> tuple[list[int], list[int]]: ...
+def accumulate(
+    frames: list[tuple[bytes, float]],
+    manifest: list[tuple[int, int, int]],
+    *,
+    fingerprint: int,
+    round: int,
+    allow_nonfinite: bool,
     accumulators: dict[int, object],
     skip: set[int],
 ) -> list[int]: ...
+def squared_norms(
+    frame: bytes,
+    manifest: list[tuple[int, int, int]],
+    *,
+    fingerprint: int,
+    round: int,
+    allow_nonfinite: bool,
+) -> dict[int, float]: ...
+def keep_largest(sources: list[object], keep: int, outputs: list[object]) -> None: ...
 def inspect(
     frame: bytes,
 ) -> tuple[

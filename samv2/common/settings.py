@@ -16,7 +16,7 @@ FEATURES = ("coactivation", "gate", "gate_up_down")
 GATES = ("ridge", "ridge_log", "avg_k")
 COMBINES = ("unit", "softmax")
 SPLITS = ("domain", "shards", "dirichlet")
-CODECS = ("raw", "bf16", "f16", "int8", "int4")
+CODECS = ("raw", "bf16", "f16", "int8", "nf4", "int4")
 NORMALISE = ("contributors", "all")
 DTYPES = ("float32", "bfloat16")
 QUANTISATIONS = ("none", "nf4")
@@ -167,7 +167,7 @@ class FederationSettings:
     send_experts: int = 0
     """Most experts a layer sends; 0 leaves it to the budget."""
     codec: str = "int8"
-    """Value codec of updates: raw, bf16, f16, int8, int4."""
+    """Value codec of updates: raw, bf16, f16, int8, nf4, int4."""
     error_feedback: float = 0.9
     """Share of what was not sent that is kept for later rounds; 0 turns it off."""
     normalise: str = "contributors"

@@ -19,9 +19,30 @@ from samv2 import _rle
 from samv2.common.errors import FrameError
 from samv2.updates.manifest import DTYPE_CODES, Manifest
 
-RAW, BF16, F16, INT8, INT4 = 0, 1, 2, 3, 5
+RAW, BF16, F16, INT8, NF4, INT4 = 0, 1, 2, 3, 4, 5
 DENSE, BITMAP, GAPS, CLEAR_GAPS, SPANS = 1, 2, 3, 4, 5
-LEVELS = {INT8: 127, INT4: 7}
+LEVELS = {INT8: 127, NF4: 1, INT4: 7}
+ZERO_CODE = {INT8: 0, NF4: 7, INT4: 0}
+NF4_CODEBOOK = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
 FLOAT_DTYPE = {BF16: torch.bfloat16, F16: torch.float16}
 SOURCE_DTYPE = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
@@ -51,7 +72,7 @@ class Entry:
 
     @property
     def value_bytes(self) -> int:
-        if self.codec == INT4:
+        if self.codec in (NF4, INT4):
             return (self.nnz + 1) // 2
         width = {RAW: 4 if self.dtype == 0 else 2, BF16: 2, F16: 2, INT8: 1}
         return width[self.codec] * self.nnz
@@ -141,7 +162,7 @@ def read_header(frame: bytes, manifest: Manifest, round: int) -> list[Entry]:
 def check_entry(entry: Entry, manifest: Manifest) -> None:
     """What one directory entry may say (section 3)."""
     require(entry.dtype in (0, 1, 2), "dtype")
-    require(entry.codec in (RAW, BF16, F16, INT8, INT4), "codec")
+    require(entry.codec in (RAW, BF16, F16, INT8, NF4, INT4), "codec")
     source = SOURCE_DTYPE[entry.dtype]
     require(FLOAT_DTYPE.get(entry.codec) != source, "codec")
     require(12 <= entry.block_log2 <= 16, "block_size")
@@ -341,7 +362,7 @@ def decode_lossy(entry: Entry, body: Body, allow_nonfinite: bool) -> Tensor:
 
 
 def decode_quantised(entry: Entry, body: Body, source: torch.dtype) -> Tensor:
-    """Absmax codes: value = code * scale of its quantisation block."""
+    """Absmax codes: value = level of the code * scale of its quantisation block."""
     levels = LEVELS[entry.codec]
     scales = as_tensor(body.scales, torch.float32)
     highest = (scales * levels).to(source)
@@ -355,12 +376,15 @@ def decode_quantised(entry: Entry, body: Body, source: torch.dtype) -> Tensor:
         nibbles = torch.stack([both & 15, both >> 4], dim=1).reshape(-1)
         spare = int(nibbles[entry.nnz :].sum())
         codes = nibbles[: entry.nnz]
-        codes = codes - ((codes & 8) << 1)
+        if entry.codec == INT4:
+            codes = codes - ((codes & 8) << 1)
     size = 1 << entry.quant_log2
     for block in range(math.ceil(entry.nnz / size)):
         part = codes[block * size : (block + 1) * size]
-        require(bool((part >= -levels).all()), "code")
-        require(bool(scales[block] != 0) or not bool(part.any()), "zero_scale")
+        require(entry.codec == NF4 or bool((part >= -levels).all()), "code")
+        zeros = bool((part == ZERO_CODE[entry.codec]).all())
+        require(bool(scales[block] != 0) or zeros, "zero_scale")
     require(spare == 0, "value_padding")
     per_value = scales.repeat_interleave(size)[: entry.nnz]
-    return (codes.float() * per_value).to(source)
+    factors = NF4_CODEBOOK[codes.long()] if entry.codec == NF4 else codes.float()
+    return (factors * per_value).to(source)

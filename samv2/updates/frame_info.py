@@ -10,7 +10,14 @@ import torch
 from samv2 import _rle
 from samv2.updates.manifest import DTYPE_CODES
 
-CODECS: Mapping[str, int] = {"raw": 0, "bf16": 1, "f16": 2, "int8": 3, "int4": 5}
+CODECS: Mapping[str, int] = {
+    "raw": 0,
+    "bf16": 1,
+    "f16": 2,
+    "int8": 3,
+    "nf4": 4,
+    "int4": 5,
+}
 """Value codecs by name; ``raw`` is bit-exact, the others are lossy."""
 
 MODES = ("absent", "dense", "bitmap", "rice", "rice_zeros", "runs")

@@ -19,6 +19,7 @@ VALUE_BITS: Mapping[str, float] = {
     "bf16": 16,
     "f16": 16,
     "int8": 8 + 32 / 256,
+    "nf4": 4 + 32 / 64,
     "int4": 4 + 32 / 64,
 }
 """Bits a stored value takes by codec, scales included."""

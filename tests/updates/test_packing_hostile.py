@@ -114,7 +114,7 @@ MALFORMED: list[tuple[str, str, Callable[[], bytes]]] = [
     ("dtype", "unknown", lambda: frame(two(dtype=3))),
     ("dtype", "not the manifest's", lambda: frame(two(dtype=F16))),
     ("codec", "unknown", lambda: frame(two(codec=6))),
-    ("codec", "nf4", lambda: frame(two(codec=4))),
+    ("codec", "the one behind the last", lambda: frame(two(codec=7))),
     ("codec", "f16 of f16", lambda: frame(two(id=9, dtype=F16, codec=2))),
     ("codec", "bf16 of bf16", lambda: frame(two(dtype=BF16, codec=1))),
     ("block_size", "2^11", lambda: frame(two(block_log2=11))),
@@ -238,6 +238,9 @@ MALFORMED: list[tuple[str, str, Callable[[], bytes]]] = [
     ("code", "int8 -128", lambda: quantised(b"\x80\1", 1.0)),
     ("code", "int4 -8", lambda: quantised(b"\x18", 1.0, codec=5)),
     ("zero_scale", "code 1", lambda: quantised(b"\1\1", 0.0)),
+    ("zero_scale", "nf4 zero is code 7", lambda: quantised(b"\x07", 0.0, codec=4)),
+    ("scale", "nf4 infinite", lambda: quantised(b"\x77", float("inf"), codec=4)),
+    ("value_padding", "odd nf4", lambda: quantised(b"\x77\x77", 1.0, n=3, codec=4)),
     ("value_padding", "odd int4", lambda: quantised(b"\x11\x11", 1.0, n=3, codec=5)),
 ]
 
@@ -276,6 +279,7 @@ def test_every_reason_is_tested_documented_and_used() -> None:
     sources = "".join(p.read_text() for p in (ROOT / "csrc").glob("*.*"))
     used = set(re.findall(r'(?:Refused|refuse)\(\s*"(\w+)"', sources))
     used |= set(re.findall(r'expect\([^;"]*?"(\w+)"', sources))
+    used |= set(re.findall(r'(?:return |fail\(|refuse\()\{"(\w+)"', sources))
     assert tested == documented == used
 
 
@@ -303,7 +307,7 @@ def small_frames() -> list[tuple[bytes, Manifest]]:
         12: torch.zeros(17),
     }
     manifest = Manifest.of(update)
-    codecs = ("raw", "bf16", "f16", "int8", "int4")
+    codecs = ("raw", "bf16", "f16", "int8", "nf4", "int4")
     return [
         (pack(update, manifest, round=ROUND, codec=codec), manifest) for codec in codecs
     ]

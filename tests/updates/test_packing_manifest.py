@@ -69,7 +69,7 @@ def test_manifest_lists_every_fault() -> None:
         ({1: torch.ones(3)}, {}, "id 1 is not in the manifest"),
         ({0: torch.ones(4)}, {}, "shape"),
         ({0: torch.ones(3).half()}, {}, "dtype"),
-        ({}, {"codec": "nf4"}, "codec"),
+        ({}, {"codec": "fp8"}, "codec"),
         ({}, {"codec": "int8", "quant_block": 48}, "quant_block"),
         ({}, {"codec": "int4", "quant_block": 16}, "quant_block"),
         ({}, {"quant_block": 64}, "no scales"),

@@ -20,6 +20,7 @@ from packing_frames import (
 )
 from torch import Tensor
 
+from samv2.updates._reference_decoder import NF4_CODEBOOK
 from samv2.updates.packing import (
     CODECS,
     Manifest,
@@ -80,12 +81,37 @@ def test_absmax_error_is_half_a_step(
     assert ((found - values).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("quant_block", [32, 64, 4096])
+@pytest.mark.parametrize("density", [0.05, 1.0])
+def test_nf4_takes_the_nearest_entry_of_the_codebook(
+    quant_block: int, density: float
+) -> None:
+    tensor = sparse(70_001, density, seed=8)
+    decoded = round_trip({0: tensor}, codec="nf4", quant_block=quant_block)[0]
+    stored = bits_of(tensor) != 0
+    values, found = tensor[stored].double(), decoded[stored].double()
+    assert (decoded[~stored] == 0).all()
+    padded = torch.zeros(-(-len(values) // quant_block) * quant_block).double()
+    padded[: len(values)] = values.abs()
+    scales = padded.reshape(-1, quant_block).amax(1)
+    scale = scales.repeat_interleave(quant_block)[: len(values)]
+    levels = NF4_CODEBOOK.double() * scale[:, None]
+    nearest = (levels - values[:, None]).abs().amin(1)
+    assert ((found - values).abs() <= nearest + 1e-6 * scale).all()
+
+
+def test_nf4_codebook_is_that_of_bitsandbytes() -> None:
+    from bitsandbytes.functional import get_4bit_type
+
+    assert same_bits(NF4_CODEBOOK, get_4bit_type("nf4", device="cpu"))
+
+
 def test_tiny_and_huge_blocks_have_safe_scales() -> None:
     tiny = torch.full((32,), 1e-31)
     huge = torch.full((32,), torch.finfo(torch.float32).max)
     zero_in_dense = torch.cat([huge[:31], torch.tensor([1.0])])
     tensor = torch.cat([tiny, huge, -huge, zero_in_dense])
-    for codec in ("int8", "int4"):
+    for codec in ("int8", "nf4", "int4"):
         decoded = round_trip({0: tensor}, codec=codec, quant_block=32)[0]
         assert (decoded[:32] == 0).all()
         torch.testing.assert_close(decoded[32:], tensor[32:], rtol=1e-6, atol=1.0)
@@ -122,7 +148,7 @@ def test_lossy_codecs_refuse_what_they_cannot_carry(
         pack(update, Manifest.of(update), round=ROUND, codec=codec)
 
 
-@pytest.mark.parametrize("codec", ["bf16", "f16", "int8", "int4"])
+@pytest.mark.parametrize("codec", ["bf16", "f16", "int8", "nf4", "int4"])
 def test_stochastic_rounding_is_unbiased(codec: str) -> None:
     """Mean over 2^17 draws; 6 sigma of a coin with the step as its width."""
     count = 1 << 17
@@ -137,7 +163,7 @@ def test_stochastic_rounding_is_unbiased(codec: str) -> None:
         round=ROUND,
         codec=codec,
         stochastic_seed=1,
-        quant_block=32 if codec.startswith("int") else None,
+        quant_block=32 if codec in ("int8", "nf4", "int4") else None,
     )
     decoded = unpack(frame, manifest, round=ROUND)[0]
     draws = decoded[tensor != 1.0].double()
