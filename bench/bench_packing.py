@@ -14,20 +14,15 @@ packing_cases.py has the bars.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import cache, lru_cache, partial
 
 import numpy as np
 import pytest
 import torch
-from packing_baselines import BASELINES, Baseline, bits_of
+from packing_baselines import BASELINES, THRESHOLDS, Baseline, bits_of
 from packing_cases import CASES, COMPARED, NUMEL, SHARE_OF_BARS
 from packing_merges import (
     ADAPTERS,
@@ -46,6 +41,7 @@ from packing_speed import (
     fastest,
     keep_memory_warm,
     measure,
+    rows_on_path,
 )
 from packing_tables import Compared, Figure, baseline_table, figure_table, speed_table
 from rich.console import RenderableType
@@ -54,7 +50,6 @@ from torch import Tensor
 from samv2.updates.aggregate import aggregate
 from samv2.updates.packing import inspect, unpack
 
-ROOT = Path(__file__).parents[1]
 OPERATIONS = ("encode", "decode", "accumulate")
 KEPT = NUMEL // 100
 exact_threshold: Callable[[Tensor, int], float] | None = None
@@ -148,25 +143,6 @@ def test_case_size(name: str, found: Found) -> None:
         assert row.size <= case.size
 
 
-@cache
-def rows_of_path(path: str) -> dict[str, Row]:
-    """All cases in a process of its own, on another code path."""
-    script = Path(__file__).with_name("packing_speed.py")
-    paths = os.pathsep.join([str(ROOT), *sys.path])
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=os.environ | {"SAMV2_ISA": path, "PYTHONPATH": paths},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    answer = json.loads(done.stdout)
-    if answer["code_path"] != path:
-        pytest.skip(f"asked for {path}, the machine took {answer['code_path']}")
-    return {row["case"]: Row(**row) for row in answer["rows"]}
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("path", ["avx2", "scalar"])
 def test_code_path(
@@ -177,7 +153,10 @@ def test_code_path(
         pytest.skip("this build has one code path")
     if path == code_path():
         pytest.skip(f"this process runs on {path} itself")
-    row = rows_of_path(path)[name]
+    taken, rows = rows_on_path(path)
+    if taken != path:
+        pytest.skip(f"asked for {path}, this machine takes {taken}")
+    row = rows[name]
     found.rows.setdefault(path, {})[name] = row
     assert row.frame_hash == measured(name).frame_hash, f"{path} packs other bytes"
     misses = [row.miss(what, SHARE_OF_BARS[path]) for what in ("encode", "decode")]
@@ -283,17 +262,10 @@ def test_threshold(found: Found, hold: Callable[[str | None], None]) -> None:
     """The k-th largest magnitude of a dense tensor, k = 1 %."""
     tensor = CASES["dense"].tensor()
 
-    def partition() -> float:
-        return float(np.partition(np.abs(tensor.numpy()), NUMEL - KEPT)[NUMEL - KEPT])
-
-    runs: dict[str, Callable[[], float]] = {
-        "torch.topk": lambda: float(tensor.abs().topk(KEPT).values[-1]),
-        "torch.kthvalue": lambda: float(tensor.abs().kthvalue(NUMEL - KEPT + 1).values),
-        "numpy.partition": partition,
-    }
+    ways = dict(THRESHOLDS)
     if exact_threshold is not None:
-        product = exact_threshold
-        runs = {"samv2": lambda: product(tensor, KEPT)} | runs
+        ways = {"samv2": exact_threshold} | ways
+    runs = {name: partial(way, tensor, KEPT) for name, way in ways.items()}
     assert len({run() for run in runs.values()}) == 1, "thresholds differ"
     best = fastest(runs, least=2)
     figures = [
@@ -319,6 +291,7 @@ def test_baseline(name: str, baseline: Baseline, found: Found) -> None:
     packed = packed_case(name)
     bits, out = bits_of(packed.update[0]), bits_of(packed.copied)
     encoded = baseline.encode(bits)
+    out.fill(-1)
     assert np.array_equal(baseline.decode(encoded, out), bits), "not lossless"
     best = fastest(
         {

@@ -15,6 +15,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+THRESHOLDS: dict[str, Callable[[Tensor, int], float]] = {
+    "torch.topk": lambda x, k: float(x.abs().topk(k).values[-1]),
+    "torch.kthvalue": lambda x, k: float(x.abs().kthvalue(len(x) - k + 1).values),
+    "numpy.partition": lambda x, k: float(
+        np.partition(np.abs(x.numpy()), len(x) - k)[len(x) - k]
+    ),
+}
+"""The k-th largest magnitude of a flat tensor."""
 Bits = np.ndarray[Any, np.dtype[np.int32]]
 
 

@@ -19,10 +19,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from packing_cases import CASES, Case
@@ -177,6 +180,24 @@ def main() -> None:
         packed.check()
         rows.append(asdict(measure(case, packed, seconds=1.0)))
     json.dump({"code_path": code_path(), "rows": rows}, sys.stdout)
+
+
+@cache
+def rows_on_path(path: str) -> tuple[str | None, dict[str, Row]]:
+    """The path that a process asked for ``path`` takes, and its rows by case."""
+    script = Path(__file__).resolve()
+    root = script.parents[1]
+    search = os.pathsep.join([str(root), *sys.path])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"SAMV2_ISA": path, "PYTHONPATH": search},
+        cwd=root,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    answer = json.loads(done.stdout)
+    return answer["code_path"], {row["case"]: Row(**row) for row in answer["rows"]}
 
 
 if __name__ == "__main__":

@@ -128,7 +128,9 @@ def verify(frame: Frame) -> None:
     """Checks all of a frame that its own header allows, index streams and values too.
 
     What :func:`inspect` leaves out; only a receiver can compare with its manifest and
-    round. Nothing is decoded: memory is one bit an element of the present blocks.
+    round. Nothing is decoded, but memory is one bit an element of the present blocks,
+    as many as the frame states: up to some 900 times the frame. For a person's own
+    files; a server has a manifest that bounds it.
 
     Raises:
         FrameError: a receiver would refuse the frame whatever its manifest.
