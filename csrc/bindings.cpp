@@ -287,6 +287,25 @@ py::dict squared_norms(const py::bytes& bytes, const py::list& manifest, u64 fin
   return norms;
 }
 
+// The magnitude bits of the k-th largest value of all float32 bit buffers together.
+u32 kth_magnitude(const py::list& sources, u64 k) {
+  std::vector<py::buffer_info> pins;
+  std::vector<rle::Piece> pieces;
+  u64 total = 0;
+  for (const py::handle& source : sources) {
+    const u64 numel = static_cast<u64>(py::len(source));
+    pins.push_back(pinned(source, numel, 4, false));
+    expect_format(pins.back(), 'i');
+    pieces.push_back({static_cast<const u32*>(pins.back().ptr), numel});
+    total += numel;
+  }
+  if (k < 1 || k > total || total > 0xFFFFFFFFu)
+    throw py::value_error("there is no value number " + std::to_string(k) + " among " +
+                          std::to_string(total));
+  py::gil_scoped_release release;
+  return rle::kth_magnitude(pieces, k).bits;
+}
+
 // Zeroes all but the `keep` largest magnitudes of all float32 bit buffers together, ties
 // by order: each of `sources` into the one of `outputs` at its place.
 void keep_largest(const py::list& sources, u64 keep, const py::list& outputs) {
@@ -371,6 +390,7 @@ PYBIND11_MODULE(_rle, module) {
   module.def("squared_norms", &squared_norms, py::arg("frame"), py::arg("manifest"),
              py::kw_only(), py::arg("fingerprint"), py::arg("round"),
              py::arg("allow_nonfinite"));
+  module.def("kth_magnitude", &kth_magnitude, py::arg("sources"), py::arg("k"));
   module.def("keep_largest", &keep_largest, py::arg("sources"), py::arg("keep"),
              py::arg("outputs"));
   module.def("inspect", &inspect, py::arg("frame"));

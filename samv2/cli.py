@@ -61,5 +61,15 @@ def existing_folder(text: str) -> Path:
     return path
 
 
+def existing_file(text: str) -> Path:
+    """An argparse type: a file that is there."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name one file in it")
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist; check the path")
+    return path
+
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -168,6 +168,8 @@ class FederationSettings:
     """Most experts a layer sends; 0 leaves it to the budget."""
     codec: str = "int8"
     """Value codec of updates: raw, bf16, f16, int8, nf4, int4."""
+    keep_frames: bool = False
+    """Keep every merged update as it came, in ``frames/``; read by `samv2 inspect`."""
     error_feedback: float = 0.9
     """Share of what was not sent that is kept for later rounds; 0 turns it off."""
     normalise: str = "contributors"

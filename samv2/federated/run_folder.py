@@ -22,9 +22,22 @@ from samv2.models.save import (
     load_expert_model,
 )
 
-CHANGEABLE = ("federation.rounds", "federation.workers", "federation.round_timeout")
+CHANGEABLE = (
+    "federation.rounds",
+    "federation.workers",
+    "federation.round_timeout",
+    "federation.keep_frames",
+)
 """Settings that may differ when a run is resumed."""
-_OWN_FOLDERS = ("model", "shards", "clients", "checkpoints", "tensorboard", "flower")
+_OWN_FOLDERS = (
+    "model",
+    "shards",
+    "clients",
+    "checkpoints",
+    "frames",
+    "tensorboard",
+    "flower",
+)
 _OWN_FILES = (
     "config.toml",
     "metrics.jsonl",

@@ -108,6 +108,14 @@ def append_pack_sizes(root: Path, report: MergeReport, manifest: Manifest) -> No
     write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
+def keep_frames(root: Path, report: MergeReport) -> None:
+    """``frames/round_{N}_client_{I}.bin``: the updates of a round, byte for byte."""
+    for reply in report.replies:
+        item = reply.contribution
+        name = f"round_{report.round:04d}_client_{item.client:04d}.bin"
+        write_bytes(Path(root) / "frames" / name, item.frame)
+
+
 def _round_of(line: str) -> int:
     first = line.split(" ", 1)[0]
     return int(first) if first.isdigit() else -1

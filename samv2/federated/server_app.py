@@ -41,6 +41,7 @@ from samv2.federated.run_logs import (
     append_pack_sizes,
     build_summary,
     fedit_bytes,
+    keep_frames,
     metrics_row,
     perplexities,
     write_merge,
@@ -138,6 +139,8 @@ def federate(
             row = metrics_row(report)
             write_merge(run.root, report.merge)
             append_pack_sizes(run.root, report.merge, manifest)
+            if settings.federation.keep_frames:
+                keep_frames(run.root, report.merge)
             metrics.write(row)
             checkpoint(current)
             table.add(row)

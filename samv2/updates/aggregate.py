@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from samv2.updates.packing import Manifest, accumulate, unpack
+from samv2.updates.packing import Manifest, accumulate_all, squared_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,15 @@ def aggregate(
                 sums[expert_id] = torch.zeros(shape)
             weights[expert_id] = weights.get(expert_id, 0.0) + item.weight
             contributors.setdefault(expert_id, []).append(item.client)
-        share = _clip_share(item, manifest, round, clip_norm)
-        accumulate(item.frame, manifest, item.weight * share, sums, round=round)
+    accumulate_all(
+        (
+            (item.frame, item.weight * _clip_share(item, manifest, round, clip_norm))
+            for item in ordered
+        ),
+        manifest,
+        sums,
+        round=round,
+    )
     mean = {
         expert_id: value / (total if normalise == "all" else weights[expert_id])
         for expert_id, value in sorted(sums.items())
@@ -98,5 +105,5 @@ def _clip_share(
 ) -> float:
     if clip_norm == 0:
         return 1.0
-    norm = update_norm(unpack(item.frame, manifest, round=round))
+    norm = squared_norm(item.frame, manifest, round=round) ** 0.5
     return min(1.0, clip_norm / norm) if norm > 0 else 1.0

@@ -12,7 +12,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from samv2 import _rle
 
 VALUE_BITS: Mapping[str, float] = {
     "raw": 32,
@@ -78,6 +82,44 @@ def select_blocks(
         sent_of_layer[layer] += counted
         chosen.append(expert_id)
     return tuple(sorted(chosen))
+
+
+def top_k(update: Mapping[int, Tensor], keep: int) -> dict[int, Tensor]:
+    """The update with zeros but for the ``keep`` values of largest magnitude in it all.
+
+    Exact, by two passes of a radix histogram over the bits of |x|, whatever the
+    distribution; of equal magnitudes the first by id and element stay. NaN counts as
+    larger than infinity, so it is not lost but refused when the update is packed.
+
+    Args:
+        update: {id: float32 CPU tensor}, at most 2^32 - 1 values.
+        keep: 0 to the number of values.
+
+    Raises:
+        ValueError: ``keep`` is out of range.
+        TypeError: a tensor is not float32.
+    """
+    ids = sorted(update)
+    kept = {id_: torch.empty(update[id_].shape) for id_ in ids}
+    _rle.keep_largest(
+        [_bits(update[id_]) for id_ in ids], keep, [_bits(kept[id_]) for id_ in ids]
+    )
+    return kept
+
+
+def kth_magnitude(update: Mapping[int, Tensor], k: int) -> float:
+    """The k-th largest magnitude in the whole update; k counts from 1.
+
+    See :func:`top_k`, which also settles ties.
+    """
+    bits = _rle.kth_magnitude([_bits(update[id_]) for id_ in sorted(update)], k)
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"a tensor is {tensor.dtype}, it must be float32")
+    return tensor.detach().contiguous().view(-1).view(torch.int32).numpy()
 
 
 def with_residual(

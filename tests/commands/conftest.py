@@ -25,6 +25,7 @@ def run_folder(
             *(f"--set={item}" for item in SMALL),
             f"--set=model.path={tiny_bootstrapped}",
             "--set=federation.rounds=1",
+            "--set=federation.keep_frames=true",
         ]
     )
     assert status == 0

@@ -22,13 +22,17 @@ from packing_frames import (
 )
 from torch import Tensor
 
+from samv2.common.errors import FrameError
 from samv2.updates.packing import (
     CODECS,
     Manifest,
     PackError,
     accumulate,
+    accumulate_all,
     inspect,
     pack,
+    pack_into,
+    squared_norm,
     unpack,
 )
 
@@ -227,3 +231,114 @@ def test_weight_must_be_finite(weight: float) -> None:
     manifest = Manifest.of({})
     with pytest.raises(PackError, match="weight"):
         accumulate(pack({}, manifest, round=1), manifest, weight, {}, round=1)
+
+
+def test_pack_into_writes_the_same_frame_and_nothing_behind_it() -> None:
+    update = {0: sparse(70_000, 0.3, seed=1), 5: sparse(3_000, 1.0, seed=2)}
+    manifest = Manifest.of(update)
+    for codec in CODECS:
+        frame = pack(update, manifest, round=ROUND, codec=codec)
+        memory = bytearray(b"\xab" * (len(frame) + 80))
+        length = pack_into(update, manifest, memory, round=ROUND, codec=codec)
+        assert bytes(memory[:length]) == frame
+        assert memory[length:] == b"\xab" * 80
+
+
+def test_pack_into_refuses_memory_that_is_too_small_and_leaves_it_alone() -> None:
+    update = {0: torch.ones(100)}
+    manifest = Manifest.of(update)
+    memory = bytearray(len(pack(update, manifest, round=ROUND)) - 1)
+    with pytest.raises(PackError, match="room for"):
+        pack_into(update, manifest, memory, round=ROUND)
+    assert not any(memory)
+    with pytest.raises(BufferError):
+        pack_into(update, manifest, memoryview(bytes(900)), round=ROUND)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("density", [0.003, 0.5, 1.0])
+def test_unpack_into_given_tensors_overwrites_every_element(
+    codec: str, dtype: torch.dtype, density: float
+) -> None:
+    update = {2: sparse(70_007, density, seed=4, dtype=dtype).reshape(7, -1)}
+    manifest = Manifest.of(update)
+    frame = pack(update, manifest, round=ROUND, codec=codec)
+    out = {2: torch.full((7, 10_001), 3.0, dtype=dtype)}
+    found = unpack(frame, manifest, round=ROUND, out=out)
+    assert found[2] is out[2]
+    assert same_bits(out[2], unpack(frame, manifest, round=ROUND)[2])
+
+
+def test_unpack_streams_large_tensors_to_any_alignment() -> None:
+    tensor = torch.cat([sparse(1_200_000, p, seed=3) for p in (0.01, 0.4, 1.0, 0.0)])
+    manifest = Manifest.of({0: tensor})
+    frame = pack({0: tensor}, manifest, round=ROUND)
+    assert same_bits(unpack(frame, manifest, round=ROUND)[0], tensor)
+    for skip in (0, 1, 3):
+        memory = torch.ones(tensor.numel() + 8)
+        out = memory[skip : skip + tensor.numel()]
+        unpack(frame, manifest, round=ROUND, out={0: out})
+        assert same_bits(out, tensor)
+        assert (memory[:skip] == 1).all() and (
+            memory[skip + tensor.numel() :] == 1
+        ).all()
+
+
+def test_unpack_needs_given_tensors_that_fit() -> None:
+    update = {i: sparse(200, 0.5, seed=i) for i in range(3)}
+    manifest = Manifest.of(update)
+    frame = pack(update, manifest, round=ROUND)
+    with pytest.raises(PackError, match=r"ids \[1, 2\] that `out` lacks"):
+        unpack(frame, manifest, round=ROUND, out={0: torch.zeros(200)})
+    with pytest.raises(PackError, match="out 0"):
+        unpack(frame, manifest, round=ROUND, out={0: torch.zeros(200).half()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_frames_add_up_as_one_after_the_other(dtype: torch.dtype) -> None:
+    updates = [
+        {
+            id_: sparse(70_000, density, seed=10 * client + id_, dtype=dtype)
+            for id_ in range(client % 2, 3)
+        }
+        for client, density in enumerate((0.004, 0.2, 0.7, 1.0, 0.03))
+    ]
+    manifest = Manifest.of(updates[0])
+    pairs = [
+        (pack(update, manifest, round=ROUND, codec=codec, block=block), weight)
+        for update, codec, block, weight in zip(
+            updates,
+            ("raw", "int8", "bf16", "int4", "raw"),
+            (65536, 4096, 65536, 8192, 4096),
+            (0.1, 3.0, -2.5, 0.7, 1e-3),
+        )
+    ]
+    together = {id_: torch.full((70_000,), -0.0) for id_ in range(3)}
+    apart = {id_: t.clone() for id_, t in together.items()}
+    accumulate_all(iter(pairs), manifest, together, round=ROUND)
+    for frame, weight in pairs:
+        accumulate(frame, manifest, weight, apart, round=ROUND)
+    for id_, total in together.items():
+        assert same_bits(total, apart[id_])
+
+
+def test_one_refused_frame_among_many_leaves_all_sums_untouched() -> None:
+    update = {0: sparse(5_000, 0.2, seed=1)}
+    manifest = Manifest.of(update)
+    frame = pack(update, manifest, round=ROUND)
+    total = {0: torch.zeros(5_000)}
+    with pytest.raises(FrameError):
+        accumulate_all([(frame, 1.0), (frame[:-1], 1.0)], manifest, total, round=ROUND)
+    assert not total[0].any()
+
+
+def test_squared_norm_is_that_of_the_decoded_values() -> None:
+    update = {0: sparse(70_000, 0.2, seed=1), 3: sparse(900, 1.0, seed=2)}
+    manifest = Manifest.of(update)
+    for codec in CODECS:
+        frame = pack(update, manifest, round=ROUND, codec=codec)
+        decoded = unpack(frame, manifest, round=ROUND)
+        exact = sum(float(t.double().square().sum()) for t in decoded.values())
+        found = squared_norm(frame, manifest, round=ROUND)
+        assert math.isclose(found, exact, rel_tol=1e-12)

@@ -67,7 +67,8 @@ def test_mode_counts_the_width_of_the_values() -> None:
 @pytest.mark.parametrize(
     ("density", "span", "most"),
     [(0.001, 1, 1.04), (0.01, 1, 1.01), (0.1, 1, 1.01), (0.5, 1, 1.001)]
-    + [(0.9, 1, 1.001), (0.1, 1024, 1.01), (0.5, 1024, 1.001)],
+    + [(0.9, 1, 1.001), (0.001, 1024, 1.03), (0.01, 1024, 1.01)]
+    + [(0.1, 1024, 1.01), (0.5, 1024, 1.001), (0.9, 1024, 1.001)],
 )
 def test_size_is_near_values_plus_entropy(
     density: float, span: int, most: float
@@ -77,18 +78,51 @@ def test_size_is_near_values_plus_entropy(
     tensor = sparse(numel, density, seed=1, span=span)
     update = {0: tensor}
     frame = pack(update, Manifest.of(update), round=ROUND)
-    p = density
-    entropy = -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) * numel / span / 8
     values = 4 * int(torch.count_nonzero(tensor))
-    assert len(frame) <= most * (values + entropy)
+    assert len(frame) <= most * (values + entropy_bytes(numel // span, density))
 
 
+def test_blocks_of_all_kinds_together_are_near_values_plus_entropy() -> None:
+    densities = (0.0, 0.0, 0.001, 0.01, 0.1, 0.5, 0.95, 1.0)
+    numel = 1 << 19
+    tensor = torch.cat([sparse(numel, p, seed=2) for p in densities])
+    update = {0: tensor}
+    frame = pack(update, Manifest.of(update), round=ROUND)
+    values = 4 * int(torch.count_nonzero(tensor))
+    bound = values + sum(entropy_bytes(numel, p) for p in densities)
+    assert len(frame) <= 1.001 * bound
+
+
+def entropy_bytes(count: int, p: float) -> float:
+    """Least bytes that tell which of ``count`` things are set, each with chance p."""
+    bits = -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
+    return count * bits / 8
+
+
+@pytest.mark.parametrize("codec", ["bf16", "f16", "int8", "int4"])
+@pytest.mark.parametrize("density", [0.01, 0.5, 1.0])
+def test_quantised_values_take_their_width_and_scales(
+    codec: str, density: float
+) -> None:
+    """A float32 scale costs int8 an eighth of a bit, and int4 half a bit."""
+    numel = 1 << 20
+    update = {0: sparse(numel, density, seed=3)}
+    frame = pack(update, Manifest.of(update), round=ROUND, codec=codec)
+    bits = {"bf16": 16, "f16": 16, "int8": 8.125, "int4": 4.5}[codec]
+    stored = inspect(frame).tensors[0].nnz
+    bound = stored * bits / 8 + entropy_bytes(numel, density)
+    assert len(frame) <= 1.01 * bound + 200
+    assert len(frame) <= numel * (bits / 8 + 4 * 0.00005) + 200
+
+
+@pytest.mark.parametrize("span", [1, 2, 16, 1024])
 @pytest.mark.parametrize("density", [0.0, 0.5, 0.97, 0.99999, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_size_is_never_more_than_dense_and_a_little(
-    density: float, dtype: torch.dtype
+    density: float, span: int, dtype: torch.dtype
 ) -> None:
-    tensor = sparse((1 << 21) + 3, density, dtype=dtype)
+    """Dense, 0.005 % of float32, and 200 bytes."""
+    tensor = sparse((1 << 20) + 3, density, span=span, dtype=dtype)
     update = {0: tensor}
     frame = pack(update, Manifest.of(update), round=ROUND)
     dense = tensor.numel() * tensor.element_size()

@@ -12,9 +12,11 @@ from samv2.common.settings import CODECS
 from samv2.updates.packing import Manifest, pack, unpack
 from samv2.updates.sparsify import (
     FRAME_BYTES,
+    kth_magnitude,
     next_residual,
     packed_bound,
     select_blocks,
+    top_k,
     with_residual,
 )
 from tests.helpers import randn
@@ -140,3 +142,43 @@ def test_inputs_are_not_changed() -> None:
     full = with_residual(update, residual)
     next_residual(full, {0: torch.ones(2)}, decay=0.5)
     assert update[0].tolist() == residual[0].tolist() == [1, 1]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+    levels=st.sampled_from([2, 9, 10**6]),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_top_k_is_a_stable_sort_by_magnitude(
+    sizes: list[int], levels: int, share: float, seed: int
+) -> None:
+    update = {
+        3 * key: (randn(size, seed=seed + key) * levels).round() / levels
+        for key, size in enumerate(sizes)
+    }
+    everything = torch.cat([update[id_] for id_ in sorted(update)])
+    keep = round(share * len(everything))
+    order = everything.abs().argsort(descending=True, stable=True)
+    expected = torch.zeros_like(everything)
+    expected[order[:keep]] = everything[order[:keep]]
+    found = top_k(update, keep)
+    assert torch.equal(torch.cat([found[id_] for id_ in sorted(found)]), expected)
+    if keep:
+        assert kth_magnitude(update, keep) == float(everything.abs()[order[keep - 1]])
+
+
+def test_top_k_keeps_what_is_not_finite_and_shapes() -> None:
+    update = {0: torch.tensor([[1.0, -torch.inf], [torch.nan, -2.0]])}
+    kept = top_k(update, 2)[0]
+    assert kept.shape == (2, 2) and kept.isnan()[1, 0] and kept[0, 1] == -torch.inf
+    assert kept[0, 0] == 0 and kept[1, 1] == 0
+
+
+def test_top_k_names_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="keep 5 of 4"):
+        top_k({0: torch.ones(4)}, 5)
+    with pytest.raises(ValueError, match="number 0 among 4"):
+        kth_magnitude({0: torch.ones(4)}, 0)
+    with pytest.raises(TypeError, match="float32"):
+        top_k({0: torch.ones(4).half()}, 1)
