@@ -95,6 +95,9 @@ inline u64 scale_plane_bytes(u64 stored, Codec codec, int quant_log2) {
   return is_quantised(codec) ? 4 * pieces(stored, quant_log2) : 0;
 }
 
+// 16-bit values anywhere in memory; loops over them can be vectorised, unlike load().
+using any_u16 = u16 __attribute__((aligned(1), may_alias));
+
 template <class T>
 inline T load(const u8* at) {
   T value;

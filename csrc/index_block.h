@@ -264,9 +264,19 @@ class MaskWriter {
   u64 bits_ = 0;
 };
 
+// Collects rising places as they are.
+class PlaceWriter {
+ public:
+  explicit PlaceWriter(u16* places) : at_(places) {}
+  void set(u32 place) { *at_++ = static_cast<u16>(place); }
+
+ private:
+  u16* at_;
+};
+
 // Sets what can be had in whole groups; anything malformed is left to the slow reader.
-template <int kCodes>
-void decode_gap_groups(const BlockIndex& block, u32 count, BitReader& reader, MaskWriter& out,
+template <int kCodes, class Writer>
+void decode_gap_groups(const BlockIndex& block, u32 count, BitReader& reader, Writer& out,
                        u32& done, u64& next) {
   u32 gaps[kCodes];
   while (done + kCodes <= count) {
@@ -286,9 +296,9 @@ void decode_gap_groups(const BlockIndex& block, u32 count, BitReader& reader, Ma
   }
 }
 
-Fault decode_gaps(const BlockIndex& block, u32 count, BitReader& reader, u64* masks) {
+template <class Writer>
+Fault decode_gaps(const BlockIndex& block, u32 count, BitReader& reader, Writer out) {
   const u32 largest = block.elements >> block.k0;
-  MaskWriter out(masks);
   u64 next = 0;
   u32 done = 0;
   while (done < count && !reader.failed()) {
@@ -330,19 +340,33 @@ Fault decode_spans(const BlockIndex& block, BitReader& reader, u64* masks) {
   return reader.finish();
 }
 
+// A copy of a stream with the zeros that a BitReader needs behind it.
+struct PaddedStream {
+  PaddedStream(const u8* stream, u32 length) {
+    std::memcpy(bytes, stream, length);
+    std::memset(bytes + length, 0, kIndexSlack);
+  }
+  u8 bytes[kMaxIndexBytes + kIndexSlack];
+};
+
 Fault decode_index(const BlockIndex& block, const u8* stream, u64* masks) {
   if (block.mode == Mode::bitmap) return decode_bitmap(block, stream, masks);
-  u8 copy[kMaxIndexBytes + kIndexSlack];
-  std::memcpy(copy, stream, block.index_bytes);
-  std::memset(copy + block.index_bytes, 0, kIndexSlack);
+  const PaddedStream padded(stream, block.index_bytes);
   std::memset(masks, 0, sizeof(u64) * mask_words(block.elements));
-  BitReader reader(copy, block.index_bytes);
+  BitReader reader(padded.bytes, block.index_bytes);
   if (block.mode == Mode::spans) return decode_spans(block, reader, masks);
   const bool of_clear = block.mode == Mode::clear_gaps;
   const u32 count = of_clear ? block.elements - block.stored : block.stored;
-  const Fault fault = decode_gaps(block, count, reader, masks);
+  const Fault fault = decode_gaps(block, count, reader, MaskWriter(masks));
   if (of_clear && fault.reason == nullptr) invert(masks, block.elements, masks);
   return fault;
+}
+
+// The places of a block in Rice gaps.
+Fault decode_places(const BlockIndex& block, const u8* stream, u16* places) {
+  const PaddedStream padded(stream, block.index_bytes);
+  BitReader reader(padded.bytes, block.index_bytes);
+  return decode_gaps(block, block.stored, reader, PlaceWriter(places));
 }
 
 }  // namespace

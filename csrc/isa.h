@@ -114,6 +114,9 @@ struct Isa {
   // out += weight * value where a mask bit is set; one rounding for each operation.
   void (*add)(const u64* masks, u32 count, const float* values, u32 stored, float weight,
               float* out);
+  // The same for a block in Rice gaps, straight from its stream; it was decoded before.
+  void (*add_gaps)(const BlockIndex& block, const u8* stream, const float* values,
+                   float weight, Scratch& scratch, float* out);
   void (*add_dense)(const float* values, u32 count, float weight, float* out);
   double (*sum_of_squares)(const float* values, u32 count);
 

@@ -27,10 +27,32 @@ u64 hash_digest(const HashState& state) {
 }
 
 constexpr Isa make_table(const char* name) {
-  return {name,         masks_of,      encode_index, gather,        gather_under,  widen,
-          encode_values, decode_index, check_values, survey_raw,    decode_values,
-          narrow,       expand,        add,          add_dense,     sum_of_squares,
-          count_bits,   copy_bytes,   zero_bytes,    fence,         hash_reset,   hash_update,   hash_digest};
+  return {
+      name,
+      masks_of,
+      encode_index,
+      gather,
+      gather_under,
+      widen,
+      encode_values,
+      decode_index,
+      check_values,
+      survey_raw,
+      decode_values,
+      narrow,
+      expand,
+      add,
+      add_gaps,
+      add_dense,
+      sum_of_squares,
+      count_bits,
+      copy_bytes,
+      zero_bytes,
+      fence,
+      hash_reset,
+      hash_update,
+      hash_digest,
+  };
 }
 
 }  // namespace

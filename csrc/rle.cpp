@@ -20,6 +20,9 @@ namespace {
 constexpr u32 kPiece = 1024;
 static_assert(kPiece <= 1u << kMinBlockLog2, "a block is a whole number of pieces");
 
+// Up to this share of set elements, places are quicker to add to than masks.
+constexpr u32 kSparseShare = 16;
+
 // Larger outputs pass by the caches.
 constexpr u64 kStreamBytes = u64{4} << 20;
 
@@ -263,8 +266,6 @@ void accumulate(const std::vector<Addend>& addends, float* out, Workspace& work)
       for (u64 b = step << finer; b < end; ++b) {
         if (!walks[a].present(b)) continue;
         const BlockIndex block = walks[a].descriptor(b);
-        const bool dense = block.mode == Mode::dense;
-        if (!dense) set_masks(block, walks[a].stream(), work.scratch);
         const float* values = reinterpret_cast<const float*>(plane.values) +
                               (direct ? walks[a].first_value() : 0);
         if (!direct) {
@@ -272,11 +273,15 @@ void accumulate(const std::vector<Addend>& addends, float* out, Workspace& work)
           values = work.floats;
         }
         float* to = out + (b << entry.block_log2);
-        if (dense)
-          isa().add_dense(values, block.stored, addends[a].weight, to);
-        else
-          isa().add(work.scratch.masks, block.elements, values, block.stored,
-                    addends[a].weight, to);
+        const float weight = addends[a].weight;
+        if (block.mode == Mode::dense) {
+          isa().add_dense(values, block.stored, weight, to);
+        } else if (block.mode == Mode::gaps && block.stored <= block.elements / kSparseShare) {
+          isa().add_gaps(block, walks[a].stream(), values, weight, work.scratch, to);
+        } else {
+          set_masks(block, walks[a].stream(), work.scratch);
+          isa().add(work.scratch.masks, block.elements, values, block.stored, weight, to);
+        }
         walks[a].advance(block);
       }
     }

@@ -1,6 +1,7 @@
 // The value plane: stored values <-> codes and scales, and moving them between masks.
 #pragma once
 
+#include "index_block.h"
 #include "lanes.h"
 #include "numbers.h"
 
@@ -56,7 +57,8 @@ void widen_f16(const u8* bits, u32 count, float* out) {
 }
 
 void widen_bf16(const u8* bits, u32 count, float* out) {
-  for (u32 i = 0; i < count; ++i) out[i] = from_bf16(load<u16>(bits + 2 * i));
+  const any_u16* halves = reinterpret_cast<const any_u16*>(bits);
+  for (u32 i = 0; i < count; ++i) out[i] = from_bf16(halves[i]);
 }
 
 void widen(const void* bits, Dtype dtype, u32 count, float* out) {
@@ -85,7 +87,8 @@ void narrow_f16(const float* values, u32 count, u8* out) {
 }
 
 void narrow_bf16(const float* values, u32 count, u8* out) {
-  for (u32 i = 0; i < count; ++i) store(out + 2 * i, to_bf16(values[i]));
+  any_u16* halves = reinterpret_cast<any_u16*>(out);
+  for (u32 i = 0; i < count; ++i) halves[i] = to_bf16(values[i]);
 }
 
 void narrow(const float* values, Dtype dtype, u32 count, void* bits) {
@@ -147,6 +150,13 @@ bool encode_halves(const Coding& coding, const Rounding& rounding, const float* 
                                 : to_f16_stochastic(values[i], random));
     }
   }
+  if (coding.dtype == Dtype::f32) {
+    const u32 infinity = bf16 ? kBf16Infinity : kF16Infinity;
+    const any_u16* halves = reinterpret_cast<const any_u16*>(codes);
+    u32 bad = 0;
+    for (u32 i = 0; i < count; ++i) bad |= (halves[i] & infinity) == infinity;
+    return bad == 0;
+  }
   float decoded[kChunk];
   u32 largest = largest_magnitude(values, count);
   for (u32 done = 0; done < count; done += kChunk) {
@@ -186,12 +196,16 @@ void levels_at_random(const float* values, const Rounding& rounding, u32 begin, 
 void nf4_levels(const float* values, const Rounding& rounding, u32 begin, u32 count,
                 float scale, std::int8_t* codes) {
   if (!rounding.stochastic) {
-    for (u32 i = 0; i < count; ++i) {
-      const float place = values[i] / scale;
-      int code = 0;
-      for (int level = 0; level < 15; ++level)
-        code += place > (kNf4[level] + kNf4[level + 1]) * 0.5f;
-      codes[i] = static_cast<std::int8_t>(code);
+    for (u32 done = 0; done < count; done += 64) {
+      const u32 take = count - done < 64 ? count - done : 64;
+      float places[64];
+      std::int32_t found[64] = {};
+      for (u32 i = 0; i < take; ++i) places[i] = values[done + i] / scale;
+      for (int level = 0; level < 15; ++level) {
+        const float middle = (kNf4[level] + kNf4[level + 1]) * 0.5f;
+        for (u32 i = 0; i < 64; ++i) found[i] += places[i] > middle;
+      }
+      for (u32 i = 0; i < take; ++i) codes[done + i] = static_cast<std::int8_t>(found[i]);
     }
     return;
   }
@@ -395,14 +409,22 @@ RawSurvey survey_raw(const u8* values, Dtype dtype, u32 count) {
 // --- moving under masks ---
 
 u32 masks_of(const void* elements, u64 width, u32 count, u64* masks) {
-  const u8* at = static_cast<const u8*>(elements);
+  const u8* bytes = static_cast<const u8*>(elements);
+  const auto mask_at = [&](u32 w) {
+    const u8* at = bytes + 64 * width * w;
+    return width == 4 ? mask_of_64(reinterpret_cast<const u32*>(at))
+                      : mask_of_64(reinterpret_cast<const u16*>(at));
+  };
+  // Several streams at once keep the memory busier than one.
+  constexpr u32 kStreams = 4;
   const u32 full = count / 64;
-  for (u32 w = 0; w < full; ++w, at += 64 * width)
-    masks[w] = width == 4 ? mask_of_64(reinterpret_cast<const u32*>(at))
-                          : mask_of_64(reinterpret_cast<const u16*>(at));
+  const u32 part = full / kStreams;
+  for (u32 w = 0; w < part; ++w)
+    for (u32 s = 0; s < kStreams; ++s) masks[s * part + w] = mask_at(s * part + w);
+  for (u32 w = part * kStreams; w < full; ++w) masks[w] = mask_at(w);
   if (count & 63) {
     alignas(64) u8 tail[256] = {};
-    std::memcpy(tail, at, width * (count & 63));
+    std::memcpy(tail, bytes + 64 * width * full, width * (count & 63));
     masks[full] = width == 4 ? mask_of_64(reinterpret_cast<const u32*>(tail))
                              : mask_of_64(reinterpret_cast<const u16*>(tail));
   }
@@ -513,6 +535,13 @@ void add(const u64* masks, u32 count, const float* values, u32 stored, float wei
     else
       add_64(m, next, weight, out);
   }
+}
+
+// The same for a sparse block in Rice gaps, straight from its stream, which was checked.
+void add_gaps(const BlockIndex& block, const u8* stream, const float* values, float weight,
+              Scratch& scratch, float* out) {
+  decode_places(block, stream, scratch.positions);
+  for (u32 i = 0; i < block.stored; ++i) out[scratch.positions[i]] += weight * values[i];
 }
 
 void add_dense(const float* values, u32 count, float weight, float* out) {
