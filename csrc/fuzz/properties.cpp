@@ -1,0 +1,182 @@
+#include "properties.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+
+#include "memory.h"
+
+namespace rle::fuzz {
+
+namespace {
+
+constexpr u64 kBytesPerFrameByte = 8;
+constexpr u64 kConstantBytes = 4096;
+constexpr u64 kCanaryBytes = 64;
+
+[[noreturn]] void violated(const char* property) {
+  std::fprintf(stderr, "\nproperty violated: %s\n", property);
+  std::abort();
+}
+
+inline void require(bool holds, const char* property) {
+  if (!holds) violated(property);
+}
+
+// A copy of its own, so that AddressSanitizer sees a read beside it; aligned as by malloc.
+class ExactBytes {
+ public:
+  explicit ExactBytes(u64 size) : size_(size), bytes_(new u8[size]) {}
+  ExactBytes(const u8* from, u64 size) : ExactBytes(size) {
+    if (size > 0) std::memcpy(bytes_.get(), from, size);
+  }
+  ExactBytes(u64 size, u8 fill) : ExactBytes(size) { std::memset(bytes_.get(), fill, size); }
+
+  u8* data() { return bytes_.get(); }
+  const u8* data() const { return bytes_.get(); }
+  u64 size() const { return size_; }
+
+ private:
+  u64 size_;
+  std::unique_ptr<u8[]> bytes_;
+};
+
+struct Checked {
+  Frame frame;
+  std::vector<Masks> masks;
+};
+
+u64 masks_allowance(const Expectation& expected) {
+  u64 bytes = 0;
+  for (const ManifestRow& row : expected.rows) bytes += 3 * 8 * pieces(row.numel, 6);
+  return bytes;
+}
+
+// Null if the frame was refused; then `reason` says why. The bounds hold for both.
+std::optional<Checked> accept(const ExactBytes& bytes, const Expectation* expected,
+                              bool allow_nonfinite, const char*& reason) {
+  u64 bound = kBytesPerFrameByte * bytes.size() + kConstantBytes;
+  std::optional<Checked> result;
+  const Meter meter;
+  try {
+    Checked checked{parse(bytes.data(), bytes.size(), expected), {}};
+    if (expected != nullptr) {
+      bound += masks_allowance(*expected);
+      for (const Entry& entry : checked.frame.entries)
+        checked.masks.push_back(validate(checked.frame, entry, allow_nonfinite));
+    }
+    result.emplace(std::move(checked));
+    reason = nullptr;
+  } catch (const Refused& refused) {
+    reason = refused.reason;
+  } catch (...) {
+    violated("only Refused is thrown");
+  }
+  require(meter.peak() <= bound, "memory is bounded by the frame and the manifest");
+  return result;
+}
+
+u64 tensor_bytes(const Entry& entry) { return entry.numel * dtype_bytes(entry.dtype); }
+
+// Decodes twice over different memory: equal results mean that every element was written.
+ExactBytes decoded(const Frame& frame, const Entry& entry, const Masks& masks) {
+  const u64 size = tensor_bytes(entry);
+  ExactBytes first(size, 0xA5);
+  decode(frame, entry, masks, first.data());
+  ExactBytes second(size + 2 * kCanaryBytes, 0x5A);
+  decode(frame, entry, masks, second.data() + kCanaryBytes);
+  for (u64 i = 0; i < kCanaryBytes; ++i)
+    require(second.data()[i] == 0x5A && second.data()[kCanaryBytes + size + i] == 0x5A,
+            "decode writes only its elements");
+  require(std::memcmp(first.data(), second.data() + kCanaryBytes, size) == 0,
+          "decode writes every element");
+  return first;
+}
+
+bool same_number(float found, float wanted) {
+  return bits_of(found) == bits_of(wanted) || (found != found && wanted != wanted);
+}
+
+float element(const ExactBytes& tensor, Dtype dtype, u64 i) {
+  const u8* at = tensor.data() + dtype_bytes(dtype) * i;
+  return from_source(dtype == Dtype::f32 ? load<u32>(at) : load<u16>(at), dtype);
+}
+
+void check_sums(const Frame& frame, const Entry& entry, const Masks& masks,
+                const ExactBytes& tensor) {
+  constexpr u64 kGuard = kCanaryBytes / sizeof(float);
+  for (const float start : {0.0f, -0.0f}) {
+    std::vector<float> sums(entry.numel + 2 * kGuard, start);
+    accumulate(frame, entry, masks, 1.0f, sums.data() + kGuard);
+    for (u64 i = 0; i < kGuard; ++i)
+      require(bits_of(sums[i]) == bits_of(start) &&
+                  bits_of(sums[kGuard + entry.numel + i]) == bits_of(start),
+              "accumulate writes only its elements");
+    for (u64 i = 0; i < entry.numel; ++i) {
+      const float value = element(tensor, entry.dtype, i);
+      const float sum = sums[kGuard + i];
+      const bool untouched = bits_of(value) == 0 && bits_of(sum) == bits_of(start);
+      require(untouched || same_number(sum, start + value),
+              "accumulate onto zeros gives the decoded values");
+    }
+  }
+}
+
+void check_repacking(const Input& input, const PackOptions& options, const Frame& frame,
+                     const std::vector<ExactBytes>& tensors) {
+  std::vector<SourceTensor> sources;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const Entry& entry = frame.entries[i];
+    sources.push_back({entry.id, entry.dtype, entry.numel, tensors[i].data()});
+  }
+  const FrameWriter writer(sources, options);
+  ExactBytes packed(writer.size());
+  try {
+    writer.write(packed.data());
+  } catch (const std::invalid_argument&) {
+    return require(options.codec != Codec::raw, "raw packs everything");
+  }
+  const char* reason = nullptr;
+  const auto again = accept(packed, &input.expected, input.allow_nonfinite, reason);
+  require(again.has_value(), "a decoded tensor packs into an accepted frame");
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    ExactBytes copy(tensors[i].size(), 0xA5);
+    decode(again->frame, again->frame.entries[i], again->masks[i], copy.data());
+    const bool same = std::memcmp(copy.data(), tensors[i].data(), copy.size()) == 0;
+    require(same || options.codec != Codec::raw,
+            "packing raw and decoding keeps every bit");
+  }
+}
+
+}  // namespace
+
+Verdict check(const Input& input) {
+  const ExactBytes bytes(input.frame, input.length);
+  const char* reason = nullptr;
+  const char* reason_alone = nullptr;
+  const auto checked = accept(bytes, &input.expected, input.allow_nonfinite, reason);
+  const auto alone = accept(bytes, nullptr, input.allow_nonfinite, reason_alone);
+  require(!checked || alone, "what a manifest accepts is accepted without one");
+  if (!checked) {
+    const u8* text = reinterpret_cast<const u8*>(reason);
+    return {reason, xxh3(text, std::strlen(reason))};
+  }
+
+  std::vector<ExactBytes> tensors;
+  u64 digest = 0;
+  for (std::size_t i = 0; i < checked->masks.size(); ++i) {
+    const Entry& entry = checked->frame.entries[i];
+    tensors.push_back(decoded(checked->frame, entry, checked->masks[i]));
+    check_sums(checked->frame, entry, checked->masks[i], tensors.back());
+    digest = mix(digest ^ xxh3(tensors.back().data(), tensors.back().size()) ^ entry.id);
+  }
+  check_repacking(input, input.repack, checked->frame, tensors);
+  PackOptions raw = input.repack;
+  raw.codec = Codec::raw;
+  raw.quant_log2 = 0;
+  check_repacking(input, raw, checked->frame, tensors);
+  return {nullptr, digest};
+}
+
+}  // namespace rle::fuzz

@@ -1,0 +1,26 @@
+// What must hold for every input, hostile or not.
+#pragma once
+
+#include "input.h"
+
+namespace rle::fuzz {
+
+struct Verdict {
+  const char* reason;  // slug of the refusal, null if the frame was accepted
+  u64 digest;          // of the reason or of all decoded bits: equal on all machines
+};
+
+// Parses, checks, decodes, adds and repacks; aborts with a message if a property fails:
+//
+// - parse and validate return or throw Refused, nothing else;
+// - a frame refused by parse has cost at most 8 bytes of heap a byte of frame + 4 KiB, one
+//   refused by validate also 3 bits an element of the manifest + 24 bytes a 64 elements
+//   begun: one bit an element, three times while a vector grows;
+// - what parse accepts with a manifest it accepts without one;
+// - decode writes all elements, whatever was there before, and nothing around them;
+// - accumulate onto +0.0 and -0.0 gives the sums that the decoded tensor gives;
+// - the decoded tensors, packed raw, are accepted and decode to the same bits; packed with a
+//   lossy codec, they are accepted or the writer throws invalid_argument.
+Verdict check(const Input& input);
+
+}  // namespace rle::fuzz
