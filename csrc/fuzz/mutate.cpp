@@ -99,7 +99,7 @@ class BitAppender {
 
 // A stream of the block's mode that is legal, or one code away from it.
 void write_stream(AnyBlock& block, u32 elements, Random& random) {
-  if (elements < 2) return;
+  if (elements < 2 || elements > kMaxBlock) return;
   u8* descriptor = block.descriptor.data();
   descriptor[0] = static_cast<u8>(2 + random.below(4));
   const Mode mode = static_cast<Mode>(descriptor[0]);
@@ -197,6 +197,13 @@ void change_tensors(Anatomy& anatomy, Random& random) {
   }
 }
 
+// More tensors than the frame has room for, and the directory length that goes with them.
+void claim_tensors(Anatomy& anatomy, Random& random) {
+  const u32 tensors = static_cast<u32>(anatomy.tensors.size() + random.below(12));
+  store(anatomy.header.data() + 16, tensors);
+  store(anatomy.header.data() + 20, static_cast<u32>(kEntryBytes * tensors));
+}
+
 void change_something(Anatomy& anatomy, Random& random) {
   if (random.one_in(40)) {
     const auto& field = any_of(kHeaderFields, random);
@@ -243,6 +250,7 @@ Bytes mutated(const u8* bytes, u64 size, Random& random) {
   what.lengths = !random.one_in(16);
   repair(anatomy, what);
   if (random.one_in(16)) change_something(anatomy, random);
+  if (random.one_in(100)) claim_tensors(anatomy, random);
   Bytes result = assemble(anatomy, !random.one_in(100));
   if (random.one_in(100)) change_bytes(result, random);
   return result;

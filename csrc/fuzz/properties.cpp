@@ -103,9 +103,16 @@ float element(const ExactBytes& tensor, Dtype dtype, u64 i) {
   return from_source(dtype == Dtype::f32 ? load<u32>(at) : load<u16>(at), dtype);
 }
 
+// Whether an element is stored, seen from outside: -0.0 plus any number but -0.0 is another.
+bool stored_by_sum(float start, float value, float sum) {
+  const bool negative_zero = bits_of(value) == bits_of(-0.0f);
+  return negative_zero || bits_of(sum) != bits_of(start);
+}
+
 void check_sums(const Frame& frame, const Entry& entry, const Masks& masks,
                 const ExactBytes& tensor) {
   constexpr u64 kGuard = kCanaryBytes / sizeof(float);
+  u64 stored = 0;
   for (const float start : {0.0f, -0.0f}) {
     std::vector<float> sums(entry.numel + 2 * kGuard, start);
     accumulate(frame, entry, masks, 1.0f, sums.data() + kGuard);
@@ -113,14 +120,24 @@ void check_sums(const Frame& frame, const Entry& entry, const Masks& masks,
       require(bits_of(sums[i]) == bits_of(start) &&
                   bits_of(sums[kGuard + entry.numel + i]) == bits_of(start),
               "accumulate writes only its elements");
+    stored = 0;
     for (u64 i = 0; i < entry.numel; ++i) {
       const float value = element(tensor, entry.dtype, i);
       const float sum = sums[kGuard + i];
       const bool untouched = bits_of(value) == 0 && bits_of(sum) == bits_of(start);
       require(untouched || same_number(sum, start + value),
               "accumulate onto zeros gives the decoded values");
+      stored += stored_by_sum(start, value, sum);
     }
   }
+  // Counted onto -0.0, which came last.
+  require(stored == entry.stored, "accumulate changes the stored elements and no others");
+}
+
+void check_finite(const Entry& entry, const ExactBytes& tensor) {
+  for (u64 i = 0; i < entry.numel; ++i)
+    require(finite_bits(bits_of(element(tensor, entry.dtype, i))),
+            "only finite values are decoded unless others are allowed");
 }
 
 void check_repacking(const Input& input, const PackOptions& options, const Frame& frame,
@@ -169,6 +186,7 @@ Verdict check(const Input& input) {
     const Entry& entry = checked->frame.entries[i];
     tensors.push_back(decoded(checked->frame, entry, checked->masks[i]));
     check_sums(checked->frame, entry, checked->masks[i], tensors.back());
+    if (!input.allow_nonfinite) check_finite(entry, tensors.back());
     digest = mix(digest ^ xxh3(tensors.back().data(), tensors.back().size()) ^ entry.id);
   }
   check_repacking(input, input.repack, checked->frame, tensors);

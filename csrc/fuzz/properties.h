@@ -18,7 +18,9 @@ struct Verdict {
 //   begun: one bit an element, three times while a vector grows;
 // - what parse accepts with a manifest it accepts without one;
 // - decode writes all elements, whatever was there before, and nothing around them;
-// - accumulate onto +0.0 and -0.0 gives the sums that the decoded tensor gives;
+// - what was decoded is finite, unless non-finite values are allowed;
+// - accumulate onto +0.0 and -0.0 gives the sums that the decoded tensor gives, and changes
+//   as many elements as the frame says are stored;
 // - the decoded tensors, packed raw, are accepted and decode to the same bits; packed with a
 //   lossy codec, they are accepted or the writer throws invalid_argument.
 Verdict check(const Input& input);
