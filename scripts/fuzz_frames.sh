@@ -2,7 +2,8 @@
 # Throw hostile frames at the packing codec, under AddressSanitizer and UBSan.
 #
 #   scripts/fuzz_frames.sh [--seconds S] [--executions N] [--corpus DIR]
-#                          [--engine libfuzzer|driver] [--coverage] [--replay INPUT]
+#                          [--engine libfuzzer|driver] [--seed X] [--coverage]
+#                          [--replay INPUT]
 #
 # --seconds S      stop after S seconds of fuzzing (default 60, without a limit if
 #                  --executions is given)
@@ -11,6 +12,7 @@
 #                  Seeds from the encoder and tests/golden are put there first
 # --engine E       libfuzzer: coverage-guided, needs clang++ (Debian: apt install clang);
 #                  driver: csrc/fuzz/main.cpp, needs only g++. Default: what is there
+# --seed X         of all random choices (default 1)
 # --coverage       afterwards replay the corpus with gcov and print lines per source file
 # --replay INPUT   run one saved input, or all of a directory, and do not fuzz
 #
@@ -23,23 +25,23 @@
 # 2 on wrong usage; 3 if there is no compiler.
 set -euo pipefail
 usage() {
-  sed -n '2,24p' "$0" | sed 's/^# \{0,1\}//'
+  sed -n '2,25p' "$0" | sed 's/^# \{0,1\}//'
 }
 cd "$(dirname "$0")/.."
 build=build/fuzz
 corpus=$build/corpus
-seconds='' executions='' engine='' coverage='' replay=''
+seconds='' executions='' engine='' coverage='' replay='' seed=1
 while [ $# -gt 0 ]; do
   case $1 in
     --help | -h) usage; exit 0 ;;
     --coverage) coverage=1; shift; continue ;;
-    --seconds | --executions | --corpus | --engine | --replay)
+    --seconds | --executions | --corpus | --engine | --seed | --replay)
       [ $# -ge 2 ] || { echo "$1 needs a value; see --help" >&2; exit 2; }
       declare "${1#--}=$2"; shift 2 ;;
     *) echo "unknown option $1; see --help" >&2; exit 2 ;;
   esac
 done
-for number in $seconds $executions; do
+for number in $seconds $executions $seed; do
   [[ $number =~ ^[0-9]+$ ]] || { echo "$number is not a whole number; see --help" >&2; exit 2; }
 done
 if [ -z "$seconds$executions" ]; then seconds=60; fi
@@ -113,11 +115,11 @@ log=$build/$engine.log
 echo "fuzzing with $engine; the log is $log"
 if [ $engine = libfuzzer ]; then
   run=("$build/$engine/fuzzer" -max_len=40000 -timeout=20 -entropic_scale_per_exec_time=1
-    "-artifact_prefix=$build/crashes/")
+    "-seed=$seed" "-artifact_prefix=$build/crashes/")
   if [ -n "$seconds" ]; then run+=("-max_total_time=$seconds"); fi
   if [ -n "$executions" ]; then run+=("-runs=$executions"); fi
 else
-  run=("$driver" --executions "${executions:-1000000000000}" --crashes "$build/crashes")
+  run=("$driver" --executions "${executions:-1000000000000}" --seed "$seed" --crashes "$build/crashes")
   if [ -n "$seconds" ]; then run+=(--seconds "$seconds"); fi
 fi
 if ! "${run[@]}" "$corpus" >"$log" 2>&1; then
