@@ -64,7 +64,13 @@ void decode_as(const Frame& frame, const Entry& entry, const Masks& masks, Bits*
 
 Masks validate(const Frame& frame, const Entry& entry, bool allow_nonfinite) {
   const ValuePlane plane = frame.plane(entry);
+  u64 words = 0;
+  for_each_present(frame, entry, [&](u64, const BlockIndex& block, u64) {
+    if (block.mode != Mode::dense) words += mask_words(block.elements);
+  });
+  // A vector that grows would hold twice as much, and three times while it is moved.
   Masks masks;
+  masks.reserve(words);
   u64 at = entry.index;
   for_each_present(frame, entry, [&](u64, const BlockIndex& block, u64 start) {
     const bool dense = block.mode == Mode::dense;

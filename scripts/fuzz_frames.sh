@@ -9,7 +9,8 @@
 #                  --executions is given)
 # --executions N   stop after N executions
 # --corpus DIR     inputs to start from; new ones are added (default build/fuzz/corpus).
-#                  Seeds from the encoder and tests/golden are put there first
+#                  Seeds from the encoder, tests/golden and earlier findings
+#                  (csrc/fuzz/findings) are put there first
 # --engine E       libfuzzer: coverage-guided, needs clang++ (Debian: apt install clang);
 #                  driver: csrc/fuzz/main.cpp, needs only g++. Default: what is there
 # --seed X         of all random choices (default 1)
@@ -25,7 +26,7 @@
 # 2 on wrong usage; 3 if there is no compiler.
 set -euo pipefail
 usage() {
-  sed -n '2,25p' "$0" | sed 's/^# \{0,1\}//'
+  sed -n '2,26p' "$0" | sed 's/^# \{0,1\}//'
 }
 cd "$(dirname "$0")/.."
 build=build/fuzz
@@ -102,6 +103,7 @@ if [ -n "$replay" ]; then
 fi
 
 "$driver" --write-seeds "$corpus"
+cp csrc/fuzz/findings/* "$corpus"
 for golden in tests/golden/*.bin; do
   name=$(basename "$golden")
   round=$(python3 -c '

@@ -49,7 +49,7 @@ struct Checked {
 
 u64 masks_allowance(const Expectation& expected) {
   u64 bytes = 0;
-  for (const ManifestRow& row : expected.rows) bytes += 3 * 8 * pieces(row.numel, 6);
+  for (const ManifestRow& row : expected.rows) bytes += sizeof(u64) * pieces(row.numel, 6);
   return bytes;
 }
 

@@ -13,9 +13,9 @@ struct Verdict {
 // Parses, checks, decodes, adds and repacks; aborts with a message if a property fails:
 //
 // - parse and validate return or throw Refused, nothing else;
-// - a frame refused by parse has cost at most 8 bytes of heap a byte of frame + 4 KiB, one
-//   refused by validate also 3 bits an element of the manifest + 24 bytes a 64 elements
-//   begun: one bit an element, three times while a vector grows;
+// - parse never holds more heap than 8 bytes a byte of frame + 4 KiB, and validate adds at
+//   most one bit an element of the manifest, in words of 64 elements; so a refused frame
+//   costs no more either;
 // - what parse accepts with a manifest it accepts without one;
 // - decode writes all elements, whatever was there before, and nothing around them;
 // - what was decoded is finite, unless non-finite values are allowed;
