@@ -121,6 +121,7 @@ struct Frame {
 };
 
 // Checks header, directory, hashes and the layout of every body; throws Refused.
+// `bytes` are aligned to 4, as every heap block is: values are read in place.
 // `expected` may be null: then ids, dtypes, sizes, round and fingerprint are not compared.
 Frame parse(const u8* bytes, u64 length, const Expectation* expected);
 
