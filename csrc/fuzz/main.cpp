@@ -48,7 +48,8 @@ void save_current() {
 }
 
 void on_signal(int signal) {
-  std::fprintf(stderr, "\nsignal %d%s\n", signal, signal == SIGALRM ? ": an execution is too long" : "");
+  std::fprintf(stderr, "\nsignal %d%s\n", signal,
+               signal == SIGALRM ? ": an execution is too long" : "");
   save_current();
   _exit(1);
 }
@@ -61,7 +62,8 @@ void run(const Bytes& input) {
 
 void write(const fs::path& path, const Bytes& bytes) {
   std::ofstream file(path, std::ios::binary);
-  file.write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+  file.write(reinterpret_cast<const char*>(bytes.data()),
+             static_cast<std::streamsize>(bytes.size()));
 }
 
 std::string name_of(const Bytes& input) {

@@ -132,7 +132,8 @@ void write_stream(AnyBlock& block, u32 elements, Random& random) {
     }
     if (mode == Mode::clear_gaps) stored = elements - std::min<u64>(stored, elements - 1);
   }
-  descriptor[1] = mode == Mode::bitmap ? 0 : static_cast<u8>(k0 | (mode == Mode::spans ? k1 << 4 : 0));
+  const unsigned k = mode == Mode::spans ? k0 | k1 << 4 : k0;
+  descriptor[1] = static_cast<u8>(mode == Mode::bitmap ? 0 : k);
   store(descriptor + 2, static_cast<u16>(std::max<u64>(stored, 1) - 1));
 }
 
@@ -146,7 +147,9 @@ void change_block(AnyTensor& tensor, Random& random) {
       descriptor[0] = static_cast<u8>(random.below(8));
       descriptor[1] &= random.one_in(4) ? 255 : 15;
       break;
-    case 1: descriptor[1] = static_cast<u8>(random.one_in(4) ? random.next() : random.below(16)); break;
+    case 1:
+      descriptor[1] = static_cast<u8>(random.below(random.one_in(4) ? 256 : 16));
+      break;
     case 2:
       change_field(descriptor + (random.one_in(8) ? 2 + 2 * random.below(3) : 2), 2, random);
       break;

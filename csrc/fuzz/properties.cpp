@@ -20,7 +20,7 @@ constexpr u64 kCanaryBytes = 64;
   std::abort();
 }
 
-inline void require(bool holds, const char* property) {
+void require(bool holds, const char* property) {
   if (!holds) violated(property);
 }
 
@@ -161,8 +161,7 @@ void check_repacking(const Input& input, const PackOptions& options, const Frame
     ExactBytes copy(tensors[i].size(), 0xA5);
     decode(again->frame, again->frame.entries[i], again->masks[i], copy.data());
     const bool same = std::memcmp(copy.data(), tensors[i].data(), copy.size()) == 0;
-    require(same || options.codec != Codec::raw,
-            "packing raw and decoding keeps every bit");
+    require(same || options.codec != Codec::raw, "packing raw and decoding keeps every bit");
   }
 }
 

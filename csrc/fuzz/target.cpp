@@ -2,6 +2,7 @@
 #include "target.h"
 
 #include <algorithm>
+#include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 
@@ -32,16 +33,15 @@ Tally& tally() {
 
 void report() {
   const Tally& all = tally();
-  const auto share = [&](u64 count) {
-    return 100.0 * static_cast<double>(count) / static_cast<double>(std::max<u64>(all.executions, 1));
+  const auto line = [&](u64 count, const char* verdict) {
+    const double share = 100.0 * static_cast<double>(count) /
+                         static_cast<double>(std::max<u64>(all.executions, 1));
+    std::fprintf(stderr, "%12" PRIu64 " %6.2f %%  %s\n", count, share, verdict);
   };
-  std::fprintf(stderr, "executions %llu\n", static_cast<unsigned long long>(all.executions));
-  std::fprintf(stderr, "%12llu %6.2f %%  accepted\n", static_cast<unsigned long long>(all.accepted),
-               share(all.accepted));
-  for (const auto& [reason, count] : all.refused)
-    std::fprintf(stderr, "%12llu %6.2f %%  %s\n", static_cast<unsigned long long>(count), share(count),
-                 reason.c_str());
-  std::fprintf(stderr, "digest %016llx\n", static_cast<unsigned long long>(all.digest));
+  std::fprintf(stderr, "executions %" PRIu64 "\n", all.executions);
+  line(all.accepted, "accepted");
+  for (const auto& [reason, count] : all.refused) line(count, reason.c_str());
+  std::fprintf(stderr, "digest %016" PRIx64 "\n", all.digest);
 }
 
 }  // namespace rle::fuzz
