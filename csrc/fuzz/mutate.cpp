@@ -182,8 +182,8 @@ void change_presence(AnyTensor& tensor, Random& random) {
 
 // Another codec, block size or quantisation block that is legal by itself.
 void change_coding(AnyTensor& tensor, Random& random) {
-  constexpr u8 kKnown[] = {0, 1, 2, 3, 5};
-  tensor.entry[5] = random.one_in(16) ? static_cast<u8>(random.next()) : any_of(kKnown, random);
+  tensor.entry[5] = static_cast<u8>(any_of(kCodecs, random));
+  if (random.one_in(16)) tensor.entry[5] = static_cast<u8>(random.next());
   tensor.entry[7] = is_quantised(tensor.codec()) ? static_cast<u8>(5 + random.below(8)) : 0;
   if (random.one_in(4)) tensor.entry[6] = static_cast<u8>(12 + random.below(5));
 }
