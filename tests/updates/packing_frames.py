@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samv2 import _rle
 from samv2.updates import _reference_decoder
-from samv2.updates.packing import Manifest, inspect, pack, unpack
+from samv2.updates.packing import FrameError, Manifest, inspect, pack, unpack
 
 ROUND = 11
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -183,6 +183,35 @@ def rehash(frame: bytes) -> bytes:
     struct.pack_into("<Q", data, 56, digest)
     struct.pack_into("<Q", data, len(data) - 8, _rle.xxh3_64(bytes(data[bodies:-8])))
     return bytes(data)
+
+
+Verdict = dict[int, Tensor] | str
+"""Decoded tensors, or the reason of a refusal."""
+
+
+def verdict_of_both(
+    frame: bytes, manifest: Manifest, *, round: int, allow_nonfinite: bool
+) -> Verdict:
+    """What the C++ codec says of a frame; the reference must say the same.
+
+    NaN payloads may differ: a conversion between formats need not keep them.
+    """
+
+    def verdict(decode: Callable[..., dict[int, Tensor]]) -> Verdict:
+        try:
+            return decode(frame, manifest, round=round, allow_nonfinite=allow_nonfinite)
+        except FrameError as refusal:
+            return refusal.reason
+
+    found, wanted = verdict(unpack), verdict(_reference_decoder.decode)
+    if isinstance(found, str) or isinstance(wanted, str):
+        assert found == wanted
+        return found
+    assert found.keys() == wanted.keys()
+    for id_, tensor in found.items():
+        nan = tensor.isnan() & wanted[id_].isnan()
+        assert same_bits(tensor.masked_fill(nan, 0), wanted[id_].masked_fill(nan, 0))
+    return found
 
 
 class BitString:

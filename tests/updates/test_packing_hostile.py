@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
 from collections.abc import Callable
@@ -10,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packing_frames import BitString, Block, Body, FrameSpec, rehash, same_bits, sparse
+from packing_frames import (
+    BitString,
+    Block,
+    Body,
+    FrameSpec,
+    rehash,
+    same_bits,
+    sparse,
+    verdict_of_both,
+)
 
 from samv2.updates import _reference_decoder
 from samv2.updates.packing import (
@@ -338,14 +348,6 @@ def test_every_single_byte_flip_is_refused() -> None:
                 inspect(bytes(changed))
 
 
-def outcome(decode: Callable[..., dict[int, torch.Tensor]], *args: object) -> object:
-    data, manifest, allow = args
-    try:
-        return decode(data, manifest, round=ROUND, allow_nonfinite=allow)
-    except FrameError as refusal:
-        return refusal.reason
-
-
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
     """One to three random edits with right hashes, biased towards the small fields."""
     changed = bytearray(data)
@@ -374,21 +376,12 @@ def test_mutations_with_right_hashes_agree_with_the_reference(
     for data, manifest in small_frames():
         for _ in range(250):
             changed = mutated(data, rng)
-            found = outcome(unpack, changed, manifest, allow_nonfinite)
-            wanted = outcome(
-                _reference_decoder.decode, changed, manifest, allow_nonfinite
+            verdict = verdict_of_both(
+                changed, manifest, round=ROUND, allow_nonfinite=allow_nonfinite
             )
-            if isinstance(wanted, str) or isinstance(found, str):
-                assert found == wanted
-                reasons.add(str(found))
+            if isinstance(verdict, str):
+                reasons.add(verdict)
             else:
-                assert isinstance(found, dict) and isinstance(wanted, dict)
-                assert found.keys() == wanted.keys()
-                for i in found:
-                    nan = found[i].isnan() & wanted[i].isnan()
-                    assert same_bits(
-                        found[i].masked_fill(nan, 0), wanted[i].masked_fill(nan, 0)
-                    )
                 accepted += 1
     assert len(reasons) > 15 and accepted > 50
 
@@ -413,7 +406,8 @@ def test_mutated_index_streams_stay_in_bounds() -> None:
         for _ in range(rng.integers(1, 40)):
             at = index + int(rng.integers(0, info.index_bytes))
             changed[at] = int(rng.choice([0, 0, 255, rng.integers(0, 256)]))
-        outcome(unpack, rehash(bytes(changed)), manifest, False)
+        with contextlib.suppress(FrameError):
+            unpack(rehash(bytes(changed)), manifest, round=ROUND)
 
 
 def test_refused_frame_leaves_the_accumulator_untouched() -> None:
