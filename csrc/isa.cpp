@@ -2,6 +2,9 @@
 #include "isa.h"
 
 #include <cstdlib>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace rle {
 
@@ -13,12 +16,19 @@ extern const Isa kAvx512;
 
 namespace {
 
+#if defined(__x86_64__)
+// Not among the names that every compiler's __builtin_cpu_supports knows.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 bool has(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
-                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt");
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && has_f16c();
   if (name == std::string("avx2")) return avx2;
   if (name == std::string("avx512"))
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

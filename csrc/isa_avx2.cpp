@@ -11,10 +11,10 @@
 // All standard headers stand above: what they define inline must not be compiled for
 // machines that other translation units do not expect.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,popcnt,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt,f16c")
+#pragma GCC target("avx2,bmi,bmi2,popcnt,f16c")
 #endif
 
 #define RLE_LEVEL 1
