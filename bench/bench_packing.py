@@ -162,17 +162,25 @@ def test_code_path(
     hold("; ".join(miss for miss in misses if miss) or None)
 
 
-def test_fused_add(found: Found, hold: Callable[[str | None], None]) -> None:
-    packed = packed_case("1 %")
-    dense = torch.zeros(NUMEL)
+@pytest.mark.parametrize("count", [1, 8])
+def test_fused_add(
+    count: int, found: Found, hold: Callable[[str | None], None]
+) -> None:
+    """Frames of 1 % added as they are, against decoding each and adding it."""
+    merge = MERGES["50 of 1 %, 64 MiB"]
+    frames, manifest = merge.frames(count), merge.manifest
+    total, decoded = torch.zeros(NUMEL), {0: torch.zeros(NUMEL)}
+
+    def apart() -> None:
+        for frame in frames:
+            unpack(frame, manifest, round=ROUND, out=decoded)
+            total.add_(decoded[0])
+
     best = fastest(
-        {
-            "fused": packed.accumulate,
-            "apart": lambda: dense.add_(packed.decode()[0], alpha=0.5),
-        }
+        {"fused": lambda: merge_all(frames, manifest, {0: total}), "apart": apart}
     )
     figure = Figure(
-        name="fused add, over decode and then add (1 %)",
+        name=f"fused add of {count} at 1 %, over decode and then add",
         value=best["fused"] / best["apart"],
         most=0.25,
     )

@@ -49,13 +49,14 @@ class Merge:
     def manifest(self) -> Manifest:
         return Manifest(ids=(0,), shapes=((self.numel,),), dtypes=(torch.float32,))
 
-    def frames(self) -> list[bytes]:
-        """The payloads, packed."""
+    def frames(self, most: int | None = None) -> list[bytes]:
+        """The payloads, packed: all, or the first ``most``."""
+        payloads = self.payloads if most is None else most
         packed = [
             pack({0: self.tensor(index)}, self.manifest, round=ROUND)
-            for index in range(self.distinct)
+            for index in range(min(self.distinct, payloads))
         ]
-        return [packed[i % self.distinct] for i in range(self.payloads)]
+        return [packed[i % self.distinct] for i in range(payloads)]
 
 
 MERGES = {

@@ -227,7 +227,7 @@ py::tuple decode_into(const py::bytes& bytes, const py::list& manifest, u64 fing
   if (missing.empty()) {
     const auto work = rle::make_workspace();
     py::gil_scoped_release release;
-    rle::decode_unchecked_frame(data, size, expected, allow_nonfinite, pointers, *work);
+    rle::check_and_decode(data, size, expected, allow_nonfinite, pointers, *work);
   }
   return py::make_tuple(ids, missing);
 }

@@ -8,6 +8,7 @@
 #include "xxhash.h"
 
 #include "index_block.h"
+#include "masked_block.h"
 #include "value_block.h"
 
 namespace rle {

@@ -153,8 +153,8 @@ const u64* piece_masks(const BlockIndex& block, const Scratch& scratch, u32 begi
   return block.mode == Mode::dense ? nullptr : scratch.masks + begin / 64;
 }
 
-// Decodes one entry; with `on_raw` it sees every piece of raw values before it is moved:
-// on_raw(values, bytes) and on_raw_block(dense) after each block.
+// Decodes one entry. Of raw values, on_raw(values, count) sees every piece before it is
+// moved, and on_block(dense) follows the pieces of each block.
 template <class OnRaw, class OnBlock>
 void decode_entry(const Frame& frame, const Entry& entry, void* out, Workspace& work,
                   OnRaw on_raw, OnBlock on_block) {
@@ -235,9 +235,9 @@ void decode(const Frame& frame, const Entry& entry, void* out, Workspace& work) 
   decode_entry(frame, entry, out, work, [](const u8*, u32) {}, [](bool) {});
 }
 
-void decode_unchecked_frame(const u8* bytes, u64 length, const Expectation& expected,
-                            bool allow_nonfinite, const std::vector<void*>& outputs,
-                            Workspace& work) {
+void check_and_decode(const u8* bytes, u64 length, const Expectation& expected,
+                      bool allow_nonfinite, const std::vector<void*>& outputs,
+                      Workspace& work) {
   try {
     decode_while_checking(bytes, length, expected, allow_nonfinite, outputs, work);
   } catch (const Refused&) {

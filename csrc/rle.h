@@ -146,9 +146,9 @@ void decode(const Frame& frame, const Entry& entry, void* out, Workspace& work);
 
 // Checks and decodes in one pass over the frame, one output for each of its entries.
 // Throws Refused like parse and validate; the outputs are then undefined.
-void decode_unchecked_frame(const u8* bytes, u64 length, const Expectation& expected,
-                            bool allow_nonfinite, const std::vector<void*>& outputs,
-                            Workspace& work);
+void check_and_decode(const u8* bytes, u64 length, const Expectation& expected,
+                      bool allow_nonfinite, const std::vector<void*>& outputs,
+                      Workspace& work);
 
 struct Addend {
   const Frame* frame;

@@ -73,13 +73,16 @@ def _guard(name: str, look: Callable[[], tuple[str, str]]) -> Finding:
 
 
 def _extension() -> tuple[str, str]:
+    from samv2 import _rle
     from samv2.updates.packing import Manifest, pack, unpack
 
     update = {0: torch.tensor([0.0, 1.5, 0.0, -0.0])}
     manifest = Manifest.of(update)
     back = unpack(pack(update, manifest, round=1), manifest, round=1)
     same = torch.equal(back[0].view(torch.int32), update[0].view(torch.int32))
-    return ("ok", "packs and unpacks bit for bit") if same else ("broken", "wrong bits")
+    if not same:
+        return "broken", "wrong bits"
+    return "ok", f"packs and unpacks bit for bit, with {_rle.isa} code"
 
 
 def _device() -> tuple[str, str]:

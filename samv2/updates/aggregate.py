@@ -95,11 +95,6 @@ def aggregate(
     )
 
 
-def update_norm(update: dict[int, Tensor]) -> float:
-    """L2 norm of a whole update, in float64."""
-    return sum(float(block.double().square().sum()) for block in update.values()) ** 0.5
-
-
 def _clip_share(
     item: Contribution, manifest: Manifest, round: int, clip_norm: float
 ) -> float:

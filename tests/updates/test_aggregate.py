@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from samv2.common.errors import FrameError
-from samv2.updates.aggregate import Contribution, aggregate, update_norm
+from samv2.updates.aggregate import Contribution, aggregate
 from samv2.updates.packing import Manifest, pack
 from tests.helpers import assert_close, randn
 
@@ -29,6 +29,11 @@ def contribution(
         client=client, frame=frame, weight=weight, expert_ids=tuple(sorted(ids))
     )
     return made, update
+
+
+def update_norm(update: dict[int, Tensor]) -> float:
+    """L2 norm of a whole update, in float64."""
+    return sum(float(block.double().square().sum()) for block in update.values()) ** 0.5
 
 
 def plain_mean(

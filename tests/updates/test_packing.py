@@ -79,6 +79,13 @@ def test_any_run_structure_survives(lengths: list[int], starts_set: bool) -> Non
     assert_lossless({0: tensor})
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_pattern_of_sixteen_bits_survives(dtype: torch.dtype) -> None:
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    assert_lossless(patterns.view(dtype))
+    assert_lossless(patterns[torch.arange(0, 1 << 16, 7)].view(dtype))
+
+
 @pytest.mark.parametrize("numel", ODD_SIZES)
 @pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
 def test_odd_sizes_survive(numel: int, density: float) -> None:
