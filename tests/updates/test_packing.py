@@ -82,8 +82,7 @@ def test_any_run_structure_survives(lengths: list[int], starts_set: bool) -> Non
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_pattern_of_sixteen_bits_survives(dtype: torch.dtype) -> None:
     patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
-    assert_lossless(patterns.view(dtype))
-    assert_lossless(patterns[torch.arange(0, 1 << 16, 7)].view(dtype))
+    assert_lossless({0: patterns.view(dtype), 1: patterns[::7].view(dtype)})
 
 
 @pytest.mark.parametrize("numel", ODD_SIZES)
