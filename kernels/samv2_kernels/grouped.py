@@ -72,7 +72,7 @@ def grouped_experts(
         surrogates=surrogates,
         edge_strength_EE=edge_strength_EE,
     )
-    if _trained(weights, surrogates):
+    if trained(weights, surrogates):
         if not isinstance(walked, Walk):
             walked = reference.flat_walk(walked, experts_per_token)
         return reference.grouped_experts(
@@ -103,7 +103,7 @@ def grouped_experts(
     return y_TD.to(x_TD.dtype)
 
 
-def _trained(weights: Blocks, surrogates: Surrogates | None) -> bool:
+def trained(weights: Blocks, surrogates: Surrogates | None) -> bool:
     """Whether something wants a gradient that the op takes to be frozen."""
     frozen = [] if surrogates is None else [surrogates.out_EQD]
     if isinstance(weights, ExpertWeights):
@@ -128,7 +128,7 @@ def _one_pass(
         out_EQD = surrogates.out_EQD.to(x_TD.dtype)
     if cpu.nobody_looks_on(x_TD):
         reached_TE = None if surrogates is None else walked.reached_TE
-        y_TD = _add_down(
+        y_TD = add_down(
             x_TD,
             adapters,
             *cpu.direct_experts(
@@ -138,7 +138,7 @@ def _one_pass(
                 weights.tensors,
                 weights.ffn_width,
                 weights.base_E,
-                _rank(x_TD, adapters),
+                rank_terms(x_TD, adapters),
                 (low_TQ, out_EQD, reached_TE),
             ),
         )
@@ -210,7 +210,7 @@ def _run(
     stand_ins: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> Tensor:
     """The op on given visits, and the adapters' matmuls around it."""
-    rank = _rank(x_TD, adapters)
+    rank = rank_terms(x_TD, adapters)
     order = sort_visits(ids_TK, weights.num_experts)
     parts = (combine_TK, *rank, stand_ins[0], stand_ins[2], x_TD)
     wanted = any(part is not None and part.requires_grad for part in parts)
@@ -226,10 +226,12 @@ def _run(
         *stand_ins,
         torch.is_grad_enabled() and wanted,
     )
-    return _add_down(x_TD, adapters, y_TD, low_down_TR)
+    return add_down(x_TD, adapters, y_TD, low_down_TR)
 
 
-def _rank(x_TD: Tensor, adapters: ExpertAdapters | None) -> tuple[Tensor | None, ...]:
+def rank_terms(
+    x_TD: Tensor, adapters: ExpertAdapters | None
+) -> tuple[Tensor | None, ...]:
     """What the op is told of adapters."""
     if adapters is None:
         return (None,) * 5
@@ -243,7 +245,7 @@ def _rank(x_TD: Tensor, adapters: ExpertAdapters | None) -> tuple[Tensor | None,
     )
 
 
-def _add_down(
+def add_down(
     x_TD: Tensor,
     adapters: ExpertAdapters | None,
     y_TD: Tensor,
