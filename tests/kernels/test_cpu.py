@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import accumulate, product
 from typing import Any
 
@@ -28,7 +28,13 @@ from samv2_kernels.cpu import blocks as cpu_blocks
 from samv2_kernels.cpu import nf4 as cpu_nf4
 from samv2_kernels.cpu import passes as cpu_passes
 from samv2_kernels.cpu.batches import BATCH_VALUES, Sums, runs
-from samv2_kernels.cpu.padded import Padded, padded, padding_pays, shares
+from samv2_kernels.cpu.padded import (
+    Padded,
+    pad_sorted,
+    pad_visited,
+    padding_pays,
+    shares,
+)
 from samv2_kernels.nf4 import Nf4Experts, dequantise, quantise
 from tests.helpers import assert_close, randn
 from tests.kernels.test_grouped_mlp import make_problem
@@ -80,10 +86,9 @@ def force(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
 
 def pad(ids_TK: Tensor, form: str) -> Padded:
     order = sort_visits(ids_TK, EXPERTS)
-    tokens, slots = ids_TK.shape
-    bounds = order.offsets[::slots].tolist()
+    bounds = order.offsets[:: ids_TK.shape[1]].tolist()
     visit_U = order.order_N[: bounds[-1]].long()
-    return padded(visit_U, bounds, slots, tokens, FORMS[form](visited(bounds)))
+    return pad_sorted(visit_U, bounds, ids_TK.shape, FORMS[form](visited(bounds)))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -192,27 +197,49 @@ def test_all_forms_give_the_same_by_the_op_and_without_it(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("slots", [1, 2])
-def test_padding_repeats_rows_of_the_same_expert(slots: int, form: str) -> None:
+def test_padding_makes_the_shares_even(slots: int, form: str) -> None:
     ids_TK = ids()[:, :slots].clone()
     ids_TK[ids_TK == 2] = -1
     ids_TK[3] = -1
     batch = pad(ids_TK, form)
     seen = sorted(set(ids_TK[ids_TK >= 0].tolist()))
     assert [e for share in batch.shares for e in share.experts] == seen
-    for share in batch.shares:
-        expert_n = ids_TK.flatten()[batch.visit_n[share.rows]]
-        wanted_V1 = torch.tensor(share.experts).unsqueeze(1)
-        expert_Vm = expert_n.view(len(share.experts), -1)
-        assert torch.equal(expert_Vm, wanted_V1.expand_as(expert_Vm))
-    assert batch.shares[-1].rows.stop == len(batch)
     assert (batch.padding_n1 is None) == (form == "apart")
     real_n = torch.ones(len(batch), dtype=torch.bool)
     if batch.padding_n1 is not None:
         real_n = ~batch.padding_n1.squeeze(1)
+    for share in batch.shares:
+        parts = real_n[share.rows].view(len(share.experts), -1)
+        expert_Vm = ids_TK.flatten()[batch.visit_n[share.rows]].view_as(parts)
+        for expert, part, expert_m in zip(share.experts, parts, expert_Vm):
+            assert bool((expert_m[part] == expert).all())
+        assert bool(parts.all(1).any()), "one of them needs no padding"
+    assert batch.shares[-1].rows.stop == len(batch)
     used = (ids_TK.flatten() >= 0).nonzero().squeeze(1)
     assert torch.equal(batch.visit_n[real_n].sort()[0], used)
-    sorted_n = batch.visit_n[batch.position_U].int()
-    assert torch.equal(sorted_n, sort_visits(ids_TK, EXPERTS).order_N[: len(used)])
+    assert torch.equal(batch.token_n, batch.visit_n // slots)
+    sorted_U = torch.empty(len(used), 1, dtype=torch.int64)
+    batch.to_sorted(batch.visit_n.unsqueeze(1), sorted_U)
+    expected = sort_visits(ids_TK, EXPERTS).order_N[: len(used)]
+    assert torch.equal(sorted_U.squeeze(1).int(), expected)
+    assert torch.equal(batch.from_sorted(sorted_U)[real_n], batch.visit_n[real_n, None])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_visits_without_order_are_padded_alike(form: str) -> None:
+    visited_TE = torch.zeros(TOKENS, EXPERTS, dtype=torch.bool).scatter(1, ids(), True)
+    visited_TE[3] = False
+    visited_TE[:, 2] = False
+    bounds = [0, *accumulate(visited_TE.sum(0).tolist())]
+    groups = FORMS[form](visited(bounds))
+    expert_U, token_U = visited_TE.T.nonzero(as_tuple=True)
+    visit_U = token_U * EXPERTS + expert_U
+    found = pad_visited(visited_TE, bounds, groups)
+    expected = pad_sorted(visit_U, bounds, visited_TE.shape, groups)
+    assert found.shares == expected.shares
+    for field in fields(Padded):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        assert one is other is None or field.name == "shares" or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("form", ["together", "pairs"])

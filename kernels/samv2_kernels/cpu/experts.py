@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from samv2_kernels.cpu.blocks import blocks_of
-from samv2_kernels.cpu.passes import Task, backward, batches, forward
+from samv2_kernels.cpu.passes import Task, backward, forward, sorted_batches
 from samv2_kernels.cpu.terms import rank_of, stand_ins_of
 
 
@@ -128,7 +128,7 @@ def _sorted_task(
     return Task(
         combine_TK=combine_TK,
         blocks=blocks,
-        work=batches(visit_U, bounds, combine_TK.shape, blocks, base_E),
+        work=sorted_batches(visit_U, bounds, combine_TK.shape, blocks, base_E),
         rank=rank_of(*rank),
         stand_ins=stand_ins_of(*stand_ins),
     )

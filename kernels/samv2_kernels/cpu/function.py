@@ -13,7 +13,6 @@ surrogate rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from samv2_kernels.cpu.batches import Batch
 from samv2_kernels.cpu.blocks import Blocks, blocks_of
-from samv2_kernels.cpu.passes import Task, backward, batches, forward
+from samv2_kernels.cpu.passes import Task, backward, forward, visited_batches
 from samv2_kernels.cpu.terms import rank_of, stand_ins_of
 
 
@@ -96,10 +95,7 @@ class _Experts(torch.autograd.Function):
         terms = (low_gate_TR, low_up_TR, gate_EFR, up_EFR, down_ERF)
         terms = (*terms, low_TQ, out_EQD, reached_TE)
         blocks = blocks_of(weights, x_TD, ffn_width, base_E)
-        expert_U, token_U = visited_TE.T.nonzero(as_tuple=True)
-        visit_U = token_U.mul_(visited_TE.shape[1]).add_(expert_U)
-        bounds = [0, *accumulate(visited_TE.sum(0).tolist())]
-        work = batches(visit_U, bounds, visited_TE.shape, blocks, base_E)
+        work = visited_batches(visited_TE, blocks, base_E)
         task = _task(combine_TE, blocks, work, terms)
         # What adapters add comes before sums are rounded.
         wide = torch.promote_types(x_TD.dtype, torch.float32)

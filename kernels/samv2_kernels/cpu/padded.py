@@ -4,7 +4,7 @@ A matmul of a narrow expert is over before two threads have shared it, and one o
 dozen rows reads a wide expert's weights more than it multiplies; a batched matmul over
 several experts gives every thread an expert of its own. Narrow experts with even loads
 are one share, wide ones with a few dozen rows go in pairs, others alone. The price is
-padding, which repeats rows of the same expert with weight 0.
+padding, rows of the first token with weight 0.
 
 Shapes: T tokens, D model width, E experts, V those of a share, F rows an expert, K slots,
 U visits, m rows of every expert of a share, n rows in all, X, Y columns.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ def shares(
         weights: F D.
         blocks: the block of each expert; pairs have neighbouring blocks.
     """
-    rows = [stop - start for start, stop in zip(bounds, bounds[1:])]
+    rows = _counts(bounds)
     visited = [e for e, count in enumerate(rows) if count]
     if padding_pays(bounds, weights):
         return [visited]
@@ -86,19 +85,17 @@ class Padded:
 
     shares: list[Share]
     visit_n: Tensor
-    """int64 visits v = t K + slot; padding repeats others."""
+    """int64 visits v = t K + slot; 0 for padding."""
     token_n: Tensor
     """int64 tokens t."""
     padding_n1: Tensor | None
     """bool; None if there is none."""
-    row_n: Tensor
-    """int64 place of every row among the sorted visits."""
-    position_U: Tensor
-    """int64 row of every visit, in the sorted order."""
-    bags_U: Tensor
-    """int64 the same in the order of tokens."""
+    visit_U: Tensor
+    """int64 visits, rising."""
+    row_U: Tensor
+    """int64 their rows."""
     bag_T: Tensor
-    """int64 where each token's part of it begins."""
+    """int64 where each token's visits begin among them."""
 
     def __len__(self) -> int:
         return len(self.token_n)
@@ -138,20 +135,24 @@ class Padded:
 
     def add(self, sums: Sums, rows_nX: Tensor) -> None:
         # The only batch: its sums are complete. They are made in float32 or wider.
-        total_TX = embedding_bag(self.bags_U, rows_nX, self.bag_T, mode="sum")
+        total_TX = embedding_bag(self.row_U, rows_nX, self.bag_T, mode="sum")
         sums.total_TX = total_TX.to(sums.dtype)
 
     def put(self, into_TK: Tensor, value_n: Tensor) -> None:
-        if self.padding_n1 is None:
-            into_TK.view(-1)[self.visit_n] = value_n
-        else:
-            into_TK.view(-1)[self.visit_n[self.position_U]] = value_n[self.position_U]
+        into_TK.view(-1)[self.visit_U] = value_n[self.row_U]
 
     def from_sorted(self, rows_UF: Tensor) -> Tensor:
-        return rows_UF if self.padding_n1 is None else rows_UF[self.row_n]
+        rows_nF = rows_UF.new_zeros(len(self), rows_UF.shape[1])
+        rows_nF[self._sorted_row_U] = rows_UF
+        return rows_nF
 
     def to_sorted(self, rows_nF: Tensor, into_UF: Tensor) -> None:
-        torch.index_select(rows_nF, 0, self.position_U, out=into_UF)
+        torch.index_select(rows_nF, 0, self._sorted_row_U, out=into_UF)
+
+    @property
+    def _sorted_row_U(self) -> Tensor:
+        """(U,) the rows that are not padding, which is the order by expert."""
+        return self.row_U.sort()[0]
 
     def _by_share(
         self, left_nX: Tensor, right_nY: Tensor
@@ -166,62 +167,82 @@ class Padded:
             yield share.experts, left, right
 
 
-def padded(
+def pad_sorted(
     visit_U: Tensor,
     bounds: Sequence[int],
-    slots: int,
-    tokens: int,
+    shape_TK: Sequence[int],
     groups: list[list[int]],
 ) -> Padded:
-    """Pad the visits.
+    """Pad visits that are sorted by expert.
 
     Args:
-        visit_U: (U,) int64 visits v = t K + slot, sorted by expert; at least one.
+        visit_U: (U,) int64 visits v = t K + slot; at least one.
         bounds: E + 1 exclusive offsets of the experts among them.
-        slots: K.
-        tokens: T.
+        shape_TK: (T, K).
         groups: what :func:`shares` made of them.
     """
-    most = [
-        max(bounds[e + 1] - bounds[e] for e in experts)
-        for experts in groups
-        for _ in experts
-    ]
-    visited = [e for experts in groups for e in experts]
-    ends = list(accumulate(most))
-    stops = iter(ends)
-    found, first = [], 0
-    for experts in groups:
-        stop = [next(stops) for _ in experts][-1]
-        found.append(Share(experts=experts, rows=slice(first, stop)))
-        first = stop
+    found, first = _laid_out(groups, bounds)
+    begin_E, count_E = torch.tensor([first, _counts(bounds)])
+    # From a place in the order to a row.
+    ahead_E = begin_E - torch.tensor(bounds[:-1])
+    row_U = ahead_E.repeat_interleave(count_E).add_(torch.arange(len(visit_U)))
+    row_N = torch.full((shape_TK[0] * shape_TK[1],), -1)
+    row_N[visit_U] = row_U
+    row_TK = row_N.view(*shape_TK)
+    return _padded(row_TK, row_TK >= 0, found)
 
-    row_n = torch.arange(first)
-    padding_n1, position_U = None, row_n
-    if first > len(visit_U):
-        ahead = [end - m - bounds[e] for end, m, e in zip(ends, most, visited)]
-        table_3V = torch.tensor([most, ahead, [bounds[e + 1] - 1 for e in visited]])
-        ahead_n, last_n = table_3V[1:].repeat_interleave(table_3V[0], dim=1)
-        wanted_n = row_n - ahead_n
-        padding_n = wanted_n > last_n
-        position_U = row_n[~padding_n]
-        row_n, padding_n1 = torch.minimum(wanted_n, last_n), padding_n.unsqueeze(1)
-    visit_n = visit_U if padding_n1 is None else visit_U[row_n]
 
-    position_N = torch.full((tokens * slots,), -1)
-    position_N[visit_U] = position_U
-    bag_T = torch.arange(0, len(position_N), slots)
-    if len(visit_U) < len(position_N):
-        used_N = position_N >= 0
-        count_T = used_N.view(-1, slots).sum(1)
-        position_N, bag_T = position_N[used_N], count_T.cumsum(0) - count_T
+def pad_visited(
+    visited_TE: Tensor, bounds: Sequence[int], groups: list[list[int]]
+) -> Padded:
+    """Pad visits v = t E + e, in the order of tokens within an expert.
+
+    Args:
+        visited_TE: (T, E) bool; at least one is.
+        bounds: E + 1 exclusive offsets of the experts among the visits by expert.
+        groups: what :func:`shares` made of them.
+    """
+    found, first = _laid_out(groups, bounds)
+    row_TE = visited_TE.cumsum(0).add_(torch.tensor(first) - 1)
+    return _padded(row_TE, visited_TE, found)
+
+
+def _padded(row_TK: Tensor, used_TK: Tensor, laid_out: list[Share]) -> Padded:
+    """From the row of every used visit."""
+    visit_U = used_TK.reshape(-1).nonzero().squeeze(1)
+    row_U = row_TK.reshape(-1).take(visit_U)
+    rows = laid_out[-1].rows.stop
+    visit_n = torch.zeros(rows, dtype=torch.int64).index_copy_(0, row_U, visit_U)
+    padding_n1 = None
+    if rows > len(row_U):
+        padding_n1 = torch.ones(rows, 1, dtype=torch.bool).index_fill_(0, row_U, False)
+    count_T = used_TK.sum(1)
     return Padded(
-        shares=found,
+        shares=laid_out,
         visit_n=visit_n,
-        token_n=visit_n.div(slots, rounding_mode="floor"),
+        token_n=visit_n.div(used_TK.shape[1], rounding_mode="floor"),
         padding_n1=padding_n1,
-        row_n=row_n,
-        position_U=position_U,
-        bags_U=position_N,
-        bag_T=bag_T,
+        visit_U=visit_U,
+        row_U=row_U,
+        bag_T=count_T.cumsum(0).sub_(count_T),
     )
+
+
+def _laid_out(
+    groups: list[list[int]], bounds: Sequence[int]
+) -> tuple[list[Share], list[int]]:
+    """The shares back to back, and the first row of each expert."""
+    counts = _counts(bounds)
+    found, first, start = [], [0] * len(counts), 0
+    for experts in groups:
+        most = max(counts[e] for e in experts)
+        for i, e in enumerate(experts):
+            first[e] = start + i * most
+        stop = start + len(experts) * most
+        found.append(Share(experts=experts, rows=slice(start, stop)))
+        start = stop
+    return found, first
+
+
+def _counts(bounds: Sequence[int]) -> list[int]:
+    return [stop - start for start, stop in zip(bounds, bounds[1:])]

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from torch.nn.functional import silu
 
 from samv2_kernels.cpu.batches import Batch, Sums, runs
 from samv2_kernels.cpu.blocks import DOWN, GATE, UP, Blocks, FloatBlocks, blocks_of
-from samv2_kernels.cpu.padded import padded, shares
+from samv2_kernels.cpu.padded import pad_sorted, pad_visited, shares
 from samv2_kernels.cpu.terms import (
     Rank,
     RankGradients,
@@ -47,31 +49,49 @@ class Task:
     stand_ins: StandIns | None
 
 
-def batches(
+def sorted_batches(
     visit_U: Tensor,
     bounds: Sequence[int],
     shape_TK: Sequence[int],
     blocks: Blocks,
     base_E: Tensor | None,
 ) -> list[Batch]:
-    """Put the visits in batches.
+    """Put visits that are sorted by expert in batches.
 
     Args:
-        visit_U: (U,) int64 visits v = t K + slot, sorted by expert.
+        visit_U: (U,) int64 visits v = t K + slot.
         bounds: E + 1 exclusive offsets of the experts among them.
         shape_TK: (T, K).
         blocks: the layer's.
         base_E: (E,) int64 block of each expert; None: expert e has block e.
     """
-    if not len(visit_U):
-        return []
-    tokens, slots = shape_TK
     stored = range(len(bounds) - 1) if base_E is None else base_E.tolist()
-    ffn_width, width = blocks.shape
+    if not bounds[-1]:
+        return []
     if isinstance(blocks, FloatBlocks):
-        groups = shares(bounds, ffn_width * width, stored)
-        return [padded(visit_U, bounds, slots, tokens, groups)]
-    return runs(visit_U, bounds, stored, slots, width)
+        groups = shares(bounds, prod(blocks.shape), stored)
+        return [pad_sorted(visit_U, bounds, shape_TK, groups)]
+    return runs(visit_U, bounds, stored, shape_TK[1], blocks.shape[1])
+
+
+def visited_batches(
+    visited_TE: Tensor, blocks: Blocks, base_E: Tensor | None
+) -> list[Batch]:
+    """Put visits v = t E + e in batches.
+
+    Args:
+        visited_TE: (T, E) bool.
+        blocks: the layer's.
+        base_E: (E,) int64 block of each expert; None: expert e has block e.
+    """
+    bounds = [0, *accumulate(visited_TE.sum(0).tolist())]
+    if bounds[-1] and isinstance(blocks, FloatBlocks):
+        stored = range(len(bounds) - 1) if base_E is None else base_E.tolist()
+        groups = shares(bounds, prod(blocks.shape), stored)
+        return [pad_visited(visited_TE, bounds, groups)]
+    expert_U, token_U = visited_TE.T.nonzero(as_tuple=True)
+    visit_U = token_U.mul_(visited_TE.shape[1]).add_(expert_U)
+    return sorted_batches(visit_U, bounds, visited_TE.shape, blocks, base_E)
 
 
 def forward(
