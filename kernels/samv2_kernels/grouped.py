@@ -44,7 +44,8 @@ def grouped_experts(
     Args:
         x_TD: (T, D) float64, float32 or bfloat16 inputs.
         walked: the visits of the T tokens; a walk where edges carry data.
-        combine_TE: (T, E) weights c of visited experts (others are ignored).
+        combine_TE: (T, E) weights c of visited experts (others are ignored); where they
+            are r, that tensor itself costs least.
         weights: base blocks, in the dtype of ``x_TD``; or NF4, for float32 or bfloat16
             inputs; or in decoding order, for bfloat16 inputs without gradients.
         experts_per_token: K, the most visits of a token; only for visits without order.
@@ -140,6 +141,7 @@ def _one_pass(
                 weights.base_E,
                 rank_terms(x_TD, adapters),
                 (low_TQ, out_EQD, reached_TE),
+                unit=combine_TE is walked.reached_TE,
             ),
         )
     else:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from samv2_kernels.cpu.blocks import blocks_of
 from samv2_kernels.cpu.passes import Task, backward, forward, sorted_batches
@@ -52,7 +53,7 @@ def expert_mlp_forward(
         x_TD.new_zeros((len(order_N) if save else 0, ffn_width)) for _ in "gu"
     )
     used = int(offsets[-1])
-    for batch, (gate_nF, up_nF) in zip(task.work, kept):
+    for batch, (gate_nF, up_nF, _) in zip(task.work, kept):
         batch.to_sorted(gate_nF, gate_NF[:used])
         batch.to_sorted(up_nF, up_NF[:used])
     return y_TD, low_down_TR, gate_NF, up_NF
@@ -92,10 +93,10 @@ def expert_mlp_backward(
         (low_TQ, out_EQD, reached_TK),
     )
     used, dtype = int(offsets[-1]), x_TD.dtype
-    kept = [
-        (batch.from_sorted(gate_NF[:used]), batch.from_sorted(up_NF[:used]))
-        for batch in task.work
-    ]
+    kept = []
+    for batch in task.work:
+        gate_nF, up_nF = (batch.from_sorted(part[:used]) for part in (gate_NF, up_NF))
+        kept.append((gate_nF, up_nF, silu(gate_nF)))
     dx_TD, dcombine_TK, drank, dstand_ins = backward(
         task, kept, grad_y_TD.to(dtype), grad_low_down_TR.to(dtype)
     )
@@ -127,6 +128,7 @@ def _sorted_task(
     blocks = blocks_of(weights, x_TD, ffn_width, base_E)
     return Task(
         combine_TK=combine_TK,
+        unit=False,
         blocks=blocks,
         work=sorted_batches(visit_U, bounds, combine_TK.shape, blocks, base_E),
         rank=rank_of(*rank),

@@ -46,6 +46,8 @@ def direct_experts(
     base_E: Tensor | None,
     rank: Sequence[Tensor | None],
     stand_ins: Sequence[Tensor | None],
+    *,
+    unit: bool,
 ) -> tuple[Tensor, Tensor]:
     """The op ``samv2::expert_mlp`` on visits in no order.
 
@@ -55,6 +57,7 @@ def direct_experts(
         visited_TE: (T, E) bool.
         rank: the op's arguments from ``low_gate_TR`` on.
         stand_ins: the op's last three, of which r is (T, E).
+        unit: c is 1 where an expert is visited.
 
     Returns:
         (T, D) y, in x's dtype, or in float32 or wider if adapters have something to add;
@@ -66,7 +69,7 @@ def direct_experts(
         part is not None and part.requires_grad for part in given
     )
     return _Experts.apply(
-        *given, out_EQD, visited_TE, ffn_width, base_E, save, *weights
+        *given, out_EQD, visited_TE, ffn_width, base_E, unit, save, *weights
     )
 
 
@@ -89,6 +92,7 @@ class _Experts(torch.autograd.Function):
         visited_TE: Tensor,
         ffn_width: int,
         base_E: Tensor | None,
+        unit: bool,
         save: bool,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -96,15 +100,16 @@ class _Experts(torch.autograd.Function):
         terms = (*terms, low_TQ, out_EQD, reached_TE)
         blocks = blocks_of(weights, x_TD, ffn_width, base_E)
         work = visited_batches(visited_TE, blocks, base_E)
-        task = _task(combine_TE, blocks, work, terms)
+        task = _task(combine_TE, unit, blocks, work, terms)
         # What adapters add comes before sums are rounded.
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         dtype = x_TD.dtype if down_ERF is None else wide
         y_TD, low_down_TR, kept = forward(task, x_TD, dtype, save=save)
         if save:
-            parts = (part for pair in kept for part in pair)
+            parts = (part for each in kept for part in each)
             ctx.save_for_backward(combine_TE, base_E, *terms, *weights, *parts)
-            ctx.work, ctx.ffn_width, ctx.dtype = work, ffn_width, x_TD.dtype
+            ctx.work, ctx.unit = work, unit
+            ctx.ffn_width, ctx.dtype = ffn_width, x_TD.dtype
         return y_TD, low_down_TR
 
     @staticmethod
@@ -114,13 +119,13 @@ class _Experts(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         combine_TE, base_E, *saved = ctx.saved_tensors
         terms, saved = saved[:8], saved[8:]
-        count = len(saved) - 2 * len(ctx.work)
+        count = len(saved) - 3 * len(ctx.work)
         weights, parts = saved[:count], saved[count:]
         grad_y_TD = grad_y_TD.to(ctx.dtype)
         blocks = blocks_of(weights, grad_y_TD, ctx.ffn_width, base_E)
         dx_TD, dcombine_TE, drank, dstand_ins = backward(
-            _task(combine_TE, blocks, ctx.work, terms),
-            list(zip(parts[::2], parts[1::2])),
+            _task(combine_TE, ctx.unit, blocks, ctx.work, terms),
+            list(zip(parts[::3], parts[1::3], parts[2::3])),
             grad_y_TD,
             grad_low_TR.to(ctx.dtype),
         )
@@ -131,18 +136,20 @@ class _Experts(torch.autograd.Function):
             *((None,) * 2 if dstand_ins is None else dstand_ins.complete()),
         )
         wanted = zip(ctx.needs_input_grad, found)
-        others = (None,) * (5 + count)
+        others = (None,) * (6 + count)
         return *(part if needed else None for needed, part in wanted), *others
 
 
 def _task(
     combine_TE: Tensor,
+    unit: bool,
     blocks: Blocks,
     work: list[Batch],
     terms: Sequence[Tensor | None],
 ) -> Task:
     return Task(
         combine_TK=combine_TE,
+        unit=unit,
         blocks=blocks,
         work=work,
         rank=rank_of(*terms[:5]),

@@ -3,7 +3,8 @@
 All experts are computed, side by side as the M = E F hidden units of one FFN, and those
 of unvisited experts are multiplied by 0. It costs what the FFN costs, if the passes over
 hidden units stay in the cache and work in place: a batch of small layers is cut into
-rows, and v = m u, with the visited set m, is kept in place of u. With dh = dy W_d^T + dl A_d:
+rows, and v = m u, with the visited set m, is
+kept in place of u. With dh = dy W_d^T + dl A_d:
 
     h = c silu(g) v    d u = c dh silu(g)    d g = c dh v silu'(g)
     d c = <silu(g) v, dh>    d x = d g W_g + d u W_u
@@ -26,7 +27,7 @@ from torch.nn.functional import silu
 
 SMALL_WEIGHTS = 2**20
 """M D of layers whose weights stay in the cache, so that few rows may pass at a time."""
-ROWS = 256
+ROWS = 512
 """That do; a matmul of fewer is slower."""
 FEW_ROWS = 64
 """Up to which the products of such layers are faster with hidden units along columns."""
@@ -94,13 +95,14 @@ class _Masked(torch.autograd.Function):
                 gate_nM.addmm_(low_gate_TR[rows], gate_EFR.flatten(0, 1).T)
                 up_nM.addmm_(low_up_TR[rows], up_EFR.flatten(0, 1).T)
             _scale(up_nM, mask_TE[rows])
-            hidden_nM = silu(gate_nM).mul_(up_nM)
+            active_nM = silu(gate_nM)
+            hidden_nM = torch.mul(active_nM, up_nM)
             if combine is not None:
                 _scale(hidden_nM, combine[rows])
             torch.mm(hidden_nM, down_MD, out=y_TD[rows])
             if rank:
                 torch.mm(hidden_nM, _by_rank(down_ERF), out=low_down_TR[rows])
-            kept += [gate_nM, up_nM]
+            kept += [gate_nM, up_nM, active_nM]
         if save:
             terms = (low_gate_TR, low_up_TR, gate_EFR, up_EFR, down_ERF)
             own = (mask_TE, combine, *terms)
@@ -129,18 +131,20 @@ class _Masked(torch.autograd.Function):
             dlow_gate_TR = torch.empty_like(low_gate_TR)
             dlow_up_TR = torch.empty_like(low_up_TR)
         for rows in _rows(grad_y_TD, gate_MD):
-            gate_nM, up_nM = next(kept), next(kept)
+            gate_nM, up_nM, active_nM = next(kept), next(kept), next(kept)
             mask_nE, dy_nD = mask_TE[rows], grad_y_TD[rows]
             weight_nE = mask_nE if combine_TE is None else combine_TE[rows] * mask_nE
             dh_nM = torch.mm(dy_nD, down_MD.T, out=_hidden(dy_nD, down_MD))
             if learns:
                 dh_nM.addmm_(grad_low_TR[rows], _by_rank(down_ERF).T)
-            dup_nM = silu(gate_nM)
+            product_nM = torch.empty_like(dh_nM)
             if learns:
-                hidden_nM = _scale(dup_nM * up_nM, weight_nE)
+                hidden_nM = torch.mul(active_nM, up_nM, out=product_nM)
+                _scale(hidden_nM, weight_nE)
                 ddown_MR.addmm_(hidden_nM.T, grad_low_TR[rows])
-            dup_nM.mul_(dh_nM)
-            product_nEF = (dup_nM * up_nM).unflatten(1, (mask_nE.shape[1], -1))
+            dup_nM = torch.mul(active_nM, dh_nM)
+            torch.mul(dup_nM, up_nM, out=product_nM)
+            product_nEF = product_nM.unflatten(1, (mask_nE.shape[1], -1))
             dcombine_TE[rows] = product_nEF.sum(2, dtype=ctx.dtype)
             _scale(dup_nM, weight_nE)
             dh_nM.mul_(up_nM)
@@ -177,6 +181,8 @@ def _hidden(x_nD: Tensor, part_MD: Tensor) -> Tensor:
 
 def _scale(hidden_nM: Tensor, by_nE: Tensor) -> Tensor:
     """Multiply the experts' units, in place."""
+    if hidden_nM.stride(0) == 1:
+        by_nE = by_nE.T.contiguous().T  # Along the units, or every one is looked up.
     hidden_nM.unflatten(1, (by_nE.shape[1], -1)).mul_(by_nE.unsqueeze(2))
     return hidden_nM
 

@@ -34,8 +34,8 @@ from samv2_kernels.cpu.terms import (
     StandIns,
 )
 
-Kept = list[tuple[Tensor, Tensor]]
-"""(n, F) g and u of every batch, which the backward pass needs."""
+Kept = list[tuple[Tensor, Tensor, Tensor]]
+"""(n, F) g, u and silu(g) of every batch, which the backward pass needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class Task:
     """What both passes work on."""
 
     combine_TK: Tensor
+    unit: bool
+    """The combine weights of visits are 1."""
     blocks: Blocks
     work: list[Batch]
     rank: Rank | None
@@ -103,10 +105,10 @@ def forward(
         task: what to run.
         x_TD: (T, D) inputs.
         dtype: of y, which is summed in float32 or wider.
-        save: keep g and u.
+        save: keep g, u and silu(g).
 
     Returns:
-        (T, D) y; (T, R) l, or (T, 0), in float32 or wider; and g and u of every batch.
+        (T, D) y; (T, R) l, or (T, 0), in float32 or wider; and what is kept.
     """
     tokens, width = x_TD.shape
     wide = torch.promote_types(x_TD.dtype, torch.float32)
@@ -124,17 +126,20 @@ def forward(
         gate, up = gate_nF[rows], up_nF[rows]
         if save:
             gate, up = (x_TD.new_empty(len(batch), blocks.shape[0]) for _ in "gu")
-            kept.append((gate, up))
         blocks.enter(batch, x, gate, up)
         if rank is not None:
             rank.enter(batch, gate, up)
-        hidden = silu(gate).mul_(up)
-        hidden.mul_(batch.of_visits(task.combine_TK, x_TD.dtype))
-        output = x  # Its rows have been read.
-        batch.multiply(hidden, blocks.part(DOWN), output)
+        active = silu(gate)
+        hidden = torch.mul(active, up) if save else active.mul_(up)
+        if save:
+            kept.append((gate, up, active))
+        if not task.unit:
+            hidden.mul_(batch.of_visits(task.combine_TK, x_TD.dtype))
+        # The rows of x have been read: outputs take their place.
+        batch.multiply(hidden, blocks.part(DOWN), x)
         if task.stand_ins is not None:
-            task.stand_ins.subtract(batch, output)
-        batch.add(y, output)
+            task.stand_ins.subtract(batch, x)
+        batch.add(y, x)
         if rank is not None:
             rank.leave(batch, hidden, low_down)
     return y.complete(), low_down.complete(), kept
@@ -147,7 +152,7 @@ def backward(
 
     Args:
         task: what has run.
-        kept: g and u of its batches.
+        kept: of its forward pass.
         grad_y_TD: of y, in x's dtype.
         grad_low_TR: of l, in x's dtype; None if there are no adapters.
     """
@@ -160,21 +165,28 @@ def backward(
     dx = Sums(*grad_y_TD.shape, dtype)
     dcombine_TK = torch.zeros_like(combine_TK, dtype=wide)
     rows_nD = _buffer(grad_y_TD, work, width)
-    dh_nF, hidden_nF = (_buffer(grad_y_TD, work, blocks.shape[0]) for _ in "dh")
-    for batch, (gate, up) in zip(work, kept):
+    dh_nF, product_nF = (_buffer(grad_y_TD, work, blocks.shape[0]) for _ in "dp")
+    for batch, (gate, up, active) in zip(work, kept):
         rows = slice(0, len(batch))
         dy, dh = batch.of_tokens(grad_y_TD, rows_nD[rows]), dh_nF[rows]
         batch.multiply(dy, blocks.part(DOWN, transposed=True), dh)
         if dstand_ins is not None:
             dstand_ins.subtract(batch, dy)
-        dup = silu(gate)
-        hidden = torch.mul(dup, up, out=hidden_nF[rows])
-        weight_n1 = batch.of_visits(combine_TK, dtype)
+        weight_n1 = None
+        # Padding has no part in what adapters sum over rows.
+        if not task.unit or drank is not None:
+            weight_n1 = batch.of_visits(combine_TK, dtype)
         if drank is not None:
+            hidden = torch.mul(active, up, out=product_nF[rows])
             drank.leave(batch, grad_low_TR, weight_n1, hidden, dh)
-        batch.put(dcombine_TK, hidden.mul_(dh).sum(1, dtype=wide))
-        dup.mul_(dh.mul_(weight_n1))
-        dgate = torch.ops.aten.silu_backward(dh.mul_(up), gate)
+        dup = torch.mul(active, dh)
+        product = torch.mul(dup, up, out=product_nF[rows])
+        batch.put(dcombine_TK, product.sum(1, dtype=wide))
+        dh.mul_(up)
+        if weight_n1 is not None:
+            dup.mul_(weight_n1)
+            dh.mul_(weight_n1)
+        dgate = torch.ops.aten.silu_backward(dh, gate)
         dinput = dy  # Its rows have been read.
         batch.multiply(dgate, blocks.part(GATE), dinput)
         batch.multiply(dup, blocks.part(UP), dinput, add=True)
