@@ -43,9 +43,11 @@ from samv2_kernels import (
 )
 from samv2_kernels.reference import choose_topk, topk_threshold
 
-READ_ROWS, CALL_WEIGHTS, MOVE_ROWS = 16, 3_600_000, 30
+READ_ROWS, CALL_WEIGHTS, MOVE_ROWS = 16, 1_500_000, 30
 """What experts cost besides their products, in rows of an expert: reading its weights;
 divided by their number, calling its products; divided by its width, moving a row."""
+PADDED = 1.1
+"""Rows that grouped experts multiply, over their visits."""
 
 Recorder = Callable[[int, Walk], None]
 """Called with the layer's index and its walk on every forward pass."""
@@ -398,7 +400,7 @@ def grouping_pays(tokens: int, visits: int, shape: tuple[int, int, int]) -> bool
     """
     num_experts, width, model_width = shape
     touched = min(num_experts, tokens * visits)
-    moved = tokens * visits * (1 + MOVE_ROWS / width)
+    moved = tokens * visits * (PADDED + MOVE_ROWS / width)
     grouped = moved + touched * (READ_ROWS + CALL_WEIGHTS / (width * model_width))
     return grouped < (tokens + READ_ROWS) * num_experts
 

@@ -157,14 +157,17 @@ def test_wide_experts_with_a_few_dozen_rows_go_in_pairs(
 
 @pytest.mark.parametrize("tokens, experts, k", [(1, 1, 1), (9, 4, 2), (33, 16, 3)])
 @pytest.mark.parametrize("shared_blocks", [False, True])
+@pytest.mark.parametrize("unit", [False, True])
 def test_all_forms_give_the_same_by_the_op_and_without_it(
     tokens: int,
     experts: int,
     k: int,
     shared_blocks: bool,
+    unit: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Outputs and all gradients, with unused slots and experts without visits."""
+    """Outputs and all gradients, with unused slots and experts without visits, and with
+    weights that are known to be 1."""
     outcomes = []
     for form, direct in product(FORMS, (True, False)):
         problem = make_problem(tokens, experts, k)
@@ -173,6 +176,8 @@ def test_all_forms_give_the_same_by_the_op_and_without_it(
             part.requires_grad_(False)
         assert problem.surrogates is not None
         problem.surrogates.out_EQD.requires_grad_(False)
+        if unit:
+            problem = replace(problem, combine_TE=problem.walked.reached_TE)
         if shared_blocks:
             weights = replace(weights, base_E=torch.arange(experts) // 2)
         force(monkeypatch, form)

@@ -16,9 +16,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 BATCH_VALUES = 2**19
 """Of a batch's inputs; an expert that has more is a batch by itself."""
+BAGGED_ROWS = 2
+"""Up to which a product is a sum of the matrix's rows, and rows are added one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,16 +164,23 @@ class Run:
         add: bool = False,
     ) -> None:
         for group, rows, out in self.by_expert(rows_nX, out_nY):
+            matrix_XY = matrices.of(group)
             if add:
-                torch.addmm(out, rows, matrices.of(group), out=out)
+                torch.addmm(out, rows, matrix_XY, out=out)
+            elif len(rows) <= BAGGED_ROWS and matrix_XY.is_contiguous():
+                out.copy_(_bagged(rows, matrix_XY))
             else:
-                torch.mm(rows, matrices.of(group), out=out)
+                torch.mm(rows, matrix_XY, out=out)
 
     def outer(self, left_nX: Tensor, right_nY: Tensor, out_EXY: Tensor) -> None:
         for group, left, right in self.by_expert(left_nX, right_nY):
             torch.mm(left.T, right, out=out_EXY[group.expert])
 
     def add(self, sums: Sums, rows_nX: Tensor) -> None:
+        if len(rows_nX) <= BAGGED_ROWS:
+            for token, row_X in zip(self.token_n.tolist(), rows_nX):
+                sums.running()[token] += row_X
+            return
         sums.running().index_add_(0, self.token_n, sums.widened(rows_nX))
 
     def put(self, into_TK: Tensor, value_n: Tensor) -> None:
@@ -181,6 +191,19 @@ class Run:
 
     def to_sorted(self, rows_nF: Tensor, into_UF: Tensor) -> None:
         into_UF[self.rows] = rows_nF
+
+
+def _bagged(rows_nX: Tensor, matrix_XY: Tensor) -> Tensor:
+    """Their product: a weighted sum of the matrix's rows, each of them read as it lies,
+    where a matmul would rearrange them first."""
+    count, width = rows_nX.shape
+    return embedding_bag(
+        torch.arange(width).repeat(count),
+        matrix_XY,
+        torch.arange(0, count * width, width),
+        mode="sum",
+        per_sample_weights=rows_nX.reshape(-1),
+    )
 
 
 def runs(
