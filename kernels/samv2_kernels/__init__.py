@@ -7,12 +7,12 @@ each, which kernels are checked against.
 from samv2_kernels.decoding import can_decode, for_decoding
 from samv2_kernels.dispatch import VisitOrder, sort_visits, tile_table
 from samv2_kernels.grouped import grouped_experts
+from samv2_kernels.masked import masked_dense_experts
 from samv2_kernels.reference import (
     UsageCounts,
     Visits,
     Walk,
     count_usage,
-    masked_dense_experts,
 )
 from samv2_kernels.routing import visit, visited_ids, walk
 from samv2_kernels.weights import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samv2_kernels import reference
+from samv2_kernels import cpu, reference
 from samv2_kernels.checks import check_experts
 from samv2_kernels.dispatch import sort_visits
 from samv2_kernels.expert_mlp import expert_mlp
@@ -44,7 +44,8 @@ def grouped_experts(
     Args:
         x_TD: (T, D) float64, float32 or bfloat16 inputs.
         walked: the visits of the T tokens; a walk where edges carry data.
-        combine_TE: (T, E) weights c of visited experts (others are ignored).
+        combine_TE: (T, E) weights c of visited experts (others are ignored); where they
+            are r, that tensor itself costs least.
         weights: base blocks, in the dtype of ``x_TD``; or NF4, for float32 or bfloat16
             inputs; or in decoding order, for bfloat16 inputs without gradients.
         experts_per_token: K, the most visits of a token; only for visits without order.
@@ -72,9 +73,9 @@ def grouped_experts(
         surrogates=surrogates,
         edge_strength_EE=edge_strength_EE,
     )
-    if not isinstance(walked, Walk):
-        walked = reference.flat_walk(walked, experts_per_token)
-    if _trained(weights, surrogates):
+    if trained(weights, surrogates):
+        if not isinstance(walked, Walk):
+            walked = reference.flat_walk(walked, experts_per_token)
         return reference.grouped_experts(
             x_TD,
             walked,
@@ -85,7 +86,15 @@ def grouped_experts(
             edge_strength_EE=edge_strength_EE,
         )
     if edge_strength_EE is None:
-        y_TD = _one_pass(x_TD, walked, combine_TE, weights, adapters, surrogates)
+        y_TD = _one_pass(
+            x_TD,
+            walked,
+            combine_TE,
+            weights,
+            experts_per_token,
+            adapters,
+            surrogates,
+        )
     else:
         y_TD = _by_slot(x_TD, walked, combine_TE, weights, adapters, edge_strength_EE)
         if surrogates is not None:
@@ -95,7 +104,7 @@ def grouped_experts(
     return y_TD.to(x_TD.dtype)
 
 
-def _trained(weights: Blocks, surrogates: Surrogates | None) -> bool:
+def trained(weights: Blocks, surrogates: Surrogates | None) -> bool:
     """Whether something wants a gradient that the op takes to be frozen."""
     frozen = [] if surrogates is None else [surrogates.out_EQD]
     if isinstance(weights, ExpertWeights):
@@ -105,31 +114,50 @@ def _trained(weights: Blocks, surrogates: Surrogates | None) -> bool:
 
 def _one_pass(
     x_TD: Tensor,
-    walked: Walk,
+    walked: Visits,
     combine_TE: Tensor,
     weights: Blocks,
+    experts_per_token: int | None,
     adapters: ExpertAdapters | None,
     surrogates: Surrogates | None,
 ) -> Tensor:
     """All visits as one group, (T, D); with surrogates in the dtype of x, else wider."""
-    ids_TK = walked.expert_ids_TK
-    low_TQ = out_EQD = reached_TK = None
+    visited_TE = walked.visited_TE
+    low_TQ = out_EQD = None
     if surrogates is not None:
         low_TQ = x_TD @ surrogates.shared_QD.to(x_TD.dtype).T
         out_EQD = surrogates.out_EQD.to(x_TD.dtype)
-        reached_TK = _of_visits(walked.reached_TE, ids_TK)
-    y_TD = _run(
-        x_TD,
-        ids_TK,
-        _of_visits(combine_TE, ids_TK),
-        weights,
-        adapters,
-        (low_TQ, out_EQD, reached_TK),
-    )
+    if cpu.nobody_looks_on(x_TD):
+        reached_TE = None if surrogates is None else walked.reached_TE
+        y_TD = add_down(
+            x_TD,
+            adapters,
+            *cpu.direct_experts(
+                x_TD,
+                combine_TE,
+                visited_TE,
+                weights.tensors,
+                weights.ffn_width,
+                weights.base_E,
+                rank_terms(x_TD, adapters),
+                (low_TQ, out_EQD, reached_TE),
+                unit=combine_TE is walked.reached_TE,
+            ),
+        )
+    else:
+        if not isinstance(walked, Walk):
+            walked = reference.flat_walk(walked, experts_per_token)
+        ids_TK = walked.expert_ids_TK
+        reached_TK = None
+        if surrogates is not None:
+            reached_TK = _of_visits(walked.reached_TE, ids_TK)
+        combine_TK = _of_visits(combine_TE, ids_TK)
+        stand_ins = (low_TQ, out_EQD, reached_TK)
+        y_TD = _run(x_TD, ids_TK, combine_TK, weights, adapters, stand_ins)
     if surrogates is not None:
         dtype = x_TD.dtype
         total_QD = surrogates.out_EQD.sum(dim=0, dtype=y_TD.dtype).to(dtype)
-        absent_TE = (1 - walked.reached_TE * walked.visited_TE).to(dtype)
+        absent_TE = (1 - walked.reached_TE * visited_TE).to(dtype)
         left = torch.cat([low_TQ, absent_TE], dim=1)
         right = torch.cat([total_QD, surrogates.bias_ED.to(dtype)])
         y_TD = torch.addmm(y_TD.to(dtype), left, right)
@@ -184,16 +212,7 @@ def _run(
     stand_ins: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> Tensor:
     """The op on given visits, and the adapters' matmuls around it."""
-    rank: tuple[Tensor | None, ...] = (None,) * 5
-    if adapters is not None:
-        dtype, scale = x_TD.dtype, adapters.scale
-        rank = (
-            x_TD @ adapters.shared_gate_RD.to(dtype).T * scale,
-            x_TD @ adapters.shared_up_RD.to(dtype).T * scale,
-            adapters.gate_EFR.to(dtype),
-            adapters.up_EFR.to(dtype),
-            adapters.down_ERF.to(dtype),
-        )
+    rank = rank_terms(x_TD, adapters)
     order = sort_visits(ids_TK, weights.num_experts)
     parts = (combine_TK, *rank, stand_ins[0], stand_ins[2], x_TD)
     wanted = any(part is not None and part.requires_grad for part in parts)
@@ -209,10 +228,36 @@ def _run(
         *stand_ins,
         torch.is_grad_enabled() and wanted,
     )
-    if adapters is not None:
-        low_TR = low_down_TR.to(x_TD.dtype) * adapters.scale
-        y_TD = y_TD.add_(low_TR @ adapters.shared_down_DR.to(x_TD.dtype).T)
-    return y_TD
+    return add_down(x_TD, adapters, y_TD, low_down_TR)
+
+
+def rank_terms(
+    x_TD: Tensor, adapters: ExpertAdapters | None
+) -> tuple[Tensor | None, ...]:
+    """What the op is told of adapters."""
+    if adapters is None:
+        return (None,) * 5
+    dtype, scale = x_TD.dtype, adapters.scale
+    return (
+        x_TD @ adapters.shared_gate_RD.to(dtype).T * scale,
+        x_TD @ adapters.shared_up_RD.to(dtype).T * scale,
+        adapters.gate_EFR.to(dtype),
+        adapters.up_EFR.to(dtype),
+        adapters.down_ERF.to(dtype),
+    )
+
+
+def add_down(
+    x_TD: Tensor,
+    adapters: ExpertAdapters | None,
+    y_TD: Tensor,
+    low_down_TR: Tensor,
+) -> Tensor:
+    """y with the adapters' part of the down projection."""
+    if adapters is None:
+        return y_TD
+    low_TR = low_down_TR.to(x_TD.dtype) * adapters.scale
+    return y_TD.add_(low_TR @ adapters.shared_down_DR.to(x_TD.dtype).T)
 
 
 def _of_visits(values_TE: Tensor, ids_TK: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from samv2.common.settings import COMBINES
 from samv2.experts.calibration import Gate
 from samv2.experts.frozen_blocks import FrozenBlocks
 from samv2.experts.repair import Repair
+from samv2.experts.straight_through import Choice, GateScores
 from samv2_kernels import (
     ExpertAdapters,
     ExpertWeights,
@@ -42,9 +43,11 @@ from samv2_kernels import (
 )
 from samv2_kernels.reference import choose_topk, topk_threshold
 
-READ_ROWS, CALL_WEIGHTS, MOVE_ROWS = 16, 3_600_000, 30
+READ_ROWS, CALL_WEIGHTS, MOVE_ROWS = 16, 1_500_000, 30
 """What experts cost besides their products, in rows of an expert: reading its weights;
 divided by their number, calling its products; divided by its width, moving a row."""
+PADDED = 1.1
+"""Rows that grouped experts multiply, over their visits."""
 
 Recorder = Callable[[int, Walk], None]
 """Called with the layer's index and its walk on every forward pass."""
@@ -238,7 +241,7 @@ class ExpertGraphMLP(FrozenBlocks):
 
     def _scores(self, x_TD: Tensor) -> Tensor:
         """g = G x + c, (T, E) float32."""
-        return x_TD.float() @ self.gate_weight_ED.T + self.gate_bias_E
+        return GateScores.apply(x_TD, self.gate_weight_ED, self.gate_bias_E)
 
     def visited(self, x_TD: Tensor, k: int) -> Tensor:
         """(T, E) bool: what (T, D) inputs visit on the server graph at K = ``k``."""
@@ -255,7 +258,12 @@ class ExpertGraphMLP(FrozenBlocks):
         """Add this chunk's part of the prefix to the context sum."""
         offset = 0 if prefix is None else prefix.offset
         inside = min(max(self.prefix_tokens - offset, 0), x_BSD.shape[1])
-        sum_BD = x_BSD.detach()[:, :inside].sum(dim=1, dtype=torch.float32)
+        if self.assembler is None:
+            # Nobody asks for the sum.
+            sum_BD = x_BSD.new_zeros((len(x_BSD), x_BSD.shape[2]), dtype=torch.float32)
+        else:
+            prefix_BPD = x_BSD.detach()[:, :inside]
+            sum_BD = prefix_BPD.sum(dim=1, dtype=torch.float32)
         return PrefixState(
             sum_BD=sum_BD if prefix is None else prefix.sum_BD + sum_BD,
             count=inside if prefix is None else prefix.count + inside,
@@ -293,7 +301,8 @@ class ExpertGraphMLP(FrozenBlocks):
             own_B1 = 1 + torch.arange(batch, device=scores_TE.device).unsqueeze(1)
             mask_index_T = torch.where(inside_S, 0, own_B1).reshape(-1)
 
-        placed_TE = _columns(scores_TE, self.order_E)
+        stays = _stays(self.order_E)
+        placed_TE = scores_TE if stays else scores_TE[:, self.order_E]
         shared_E = self.shared_E[self.order_E] if self.num_shared else None
         ordered = options.recorder is not None or self.chains
         walked = (walk if ordered else visit)(
@@ -305,6 +314,8 @@ class ExpertGraphMLP(FrozenBlocks):
             chosen_TE=self._choose(placed_TE, shared_E, k),
             fill=options.fill,
         )
+        if stays:
+            return walked
         return _renamed(walked, self.order_E, torch.argsort(self.order_E))
 
     def _choose(self, scores_TE: Tensor, shared_E: Tensor | None, k: int) -> Tensor:
@@ -318,8 +329,7 @@ class ExpertGraphMLP(FrozenBlocks):
             return choose_topk(routed_TE, visits)
         threshold_T1 = topk_threshold(routed_TE, visits)
         chosen_TE = choose_topk(routed_TE, visits, threshold_T1=threshold_T1)
-        soft_TE = torch.sigmoid(scores_TE - threshold_T1)
-        return chosen_TE.float() + (soft_TE - soft_TE.detach())
+        return Choice.apply(scores_TE, chosen_TE, threshold_T1)
 
     def _groups(self, x_TD: Tensor, visits: int) -> bool:
         """Whether visits run grouped by expert rather than as one masked FFN."""
@@ -390,7 +400,7 @@ def grouping_pays(tokens: int, visits: int, shape: tuple[int, int, int]) -> bool
     """
     num_experts, width, model_width = shape
     touched = min(num_experts, tokens * visits)
-    moved = tokens * visits * (1 + MOVE_ROWS / width)
+    moved = tokens * visits * (PADDED + MOVE_ROWS / width)
     grouped = moved + touched * (READ_ROWS + CALL_WEIGHTS / (width * model_width))
     return grouped < (tokens + READ_ROWS) * num_experts
 
@@ -416,20 +426,18 @@ def to_positions(walked: Walk, order_E: Tensor) -> Walk:
 V = TypeVar("V", bound=Visits)
 
 
-def _columns(values_TE: Tensor, old_id_E: Tensor) -> Tensor:
-    """Column j of the result was ``old_id_E[j]``; where asking is free, nothing moves
-    that is in its place."""
-    may_ask = values_TE.device.type == "cpu" and not torch.compiler.is_compiling()
-    if may_ask and torch.equal(old_id_E, torch.arange(len(old_id_E))):
-        return values_TE
-    return values_TE[:, old_id_E]
+def _stays(order_E: Tensor) -> bool:
+    """Whether storage ids are known to be positions; asked only where that is free."""
+    if order_E.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return order_E.tolist() == list(range(len(order_E)))
 
 
 def _renamed(walked: V, new_id_E: Tensor, old_id_E: Tensor) -> V:
     """Expert i is called ``new_id_E[i]``; column j of the result was ``old_id_E[j]``."""
     columns = {
-        "reached_TE": _columns(walked.reached_TE, old_id_E),
-        "chosen_TE": _columns(walked.chosen_TE, old_id_E),
+        "reached_TE": walked.reached_TE[:, old_id_E],
+        "chosen_TE": walked.chosen_TE[:, old_id_E],
     }
     if isinstance(walked, Walk):
         used_TK = walked.expert_ids_TK >= 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from itertools import accumulate, product
 from typing import Any
 
 import pytest
@@ -23,10 +25,16 @@ from samv2_kernels import (
     visit,
 )
 from samv2_kernels.cpu import blocks as cpu_blocks
-from samv2_kernels.cpu import experts as cpu_experts
 from samv2_kernels.cpu import nf4 as cpu_nf4
-from samv2_kernels.cpu.batches import BATCH_BYTES, Sums, runs
-from samv2_kernels.cpu.padded import padded, padding_pays
+from samv2_kernels.cpu import passes as cpu_passes
+from samv2_kernels.cpu.batches import BATCH_VALUES, Sums, runs
+from samv2_kernels.cpu.padded import (
+    Padded,
+    pad_sorted,
+    pad_visited,
+    padding_pays,
+    shares,
+)
 from samv2_kernels.nf4 import Nf4Experts, dequantise, quantise
 from tests.helpers import assert_close, randn
 from tests.kernels.test_grouped_mlp import make_problem
@@ -58,28 +66,47 @@ def nf4_weights(rows: int = ROWS, width: int = WIDTH) -> Nf4Weights:
     return Nf4Weights(gate=parts[0], up=parts[1], down=parts[2])
 
 
+def visited(bounds: Sequence[int]) -> list[int]:
+    return [e for e, (a, b) in enumerate(zip(bounds, bounds[1:])) if a < b]
+
+
+FORMS: dict[str, Callable[[list[int]], list[list[int]]]] = {
+    "together": lambda experts: [experts],
+    "pairs": lambda experts: [experts[i : i + 2] for i in range(0, len(experts), 2)],
+    "apart": lambda experts: [[e] for e in experts],
+}
+"""How experts share products, whatever pays."""
+
+
 def force(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    """Make the op take one form, whatever pays."""
-    pays = {"padded": True, "runs": False}[form]
-    monkeypatch.setattr(cpu_experts, "padding_pays", lambda bounds, _: pays)
+    monkeypatch.setattr(
+        cpu_passes, "shares", lambda bounds, *_: FORMS[form](visited(bounds))
+    )
 
 
-@pytest.mark.parametrize("form", ["padded", "runs"])
+def pad(ids_TK: Tensor, form: str) -> Padded:
+    order = sort_visits(ids_TK, EXPERTS)
+    bounds = order.offsets[:: ids_TK.shape[1]].tolist()
+    visit_U = order.order_N[: bounds[-1]].long()
+    return pad_sorted(visit_U, bounds, ids_TK.shape, FORMS[form](visited(bounds)))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_matmuls_are_those_of_the_visited_rows(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """K/E of the dense products forward, and as much again for x backward.
 
-    Padding makes every visited expert's rows as many as those of the one with most.
+    Padding makes the rows of every expert of a share as many as those of the one with
+    most.
     """
     force(monkeypatch, form)
     ids_TK = ids()
     given = arguments(float_blocks(), ids_TK)
-    rows = ids_TK.numel()
-    if form == "padded":
-        counts_E = torch.bincount(ids_TK.flatten(), minlength=EXPERTS)
-        rows = int(counts_E.max()) * int((counts_E > 0).sum())
-        assert rows > ids_TK.numel()
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=EXPERTS)
+    groups = FORMS[form](counts_E.nonzero().flatten().tolist())
+    rows = sum(len(experts) * int(counts_E[experts].max()) for experts in groups)
+    assert (rows > ids_TK.numel()) == (form != "apart")
     expected = 2 * rows * 3 * ROWS * WIDTH
     with FlopCounterMode(display=False) as forward:
         y_TD, low_TR, gate_NF, up_NF = cpu.expert_mlp_forward(*given, True)
@@ -105,29 +132,56 @@ def test_padding_pays_for_narrow_experts_with_even_loads(
     bounds: list[int], weights: int, pays: bool
 ) -> None:
     assert padding_pays(bounds, weights) == pays
+    together = [visited(bounds)]
+    assert (shares(bounds, weights, range(len(bounds))) == together) == pays
+
+
+@pytest.mark.parametrize(
+    "rows, blocks, expected",
+    [
+        ([64, 70, 60, 66], [0, 1, 2, 3], [[0, 1], [2, 3]]),
+        ([64, 70, 60], [0, 1, 2], [[0, 1], [2]]),
+        ([64, 0, 60, 66], [0, 1, 2, 3], [[0], [2, 3]]),
+        ([64, 30, 40, 66], [0, 1, 2, 3], [[0], [1, 2], [3]]),
+        ([8, 9, 15, 16], [0, 1, 2, 3], [[0], [1], [2, 3]]),
+        ([112, 112, 113, 113], [0, 1, 2, 3], [[0, 1], [2], [3]]),
+        ([64, 64, 64, 64], [0, 0, 1, 3], [[0], [1, 2], [3]]),
+    ],
+)
+def test_wide_experts_with_a_few_dozen_rows_go_in_pairs(
+    rows: list[int], blocks: list[int], expected: list[list[int]]
+) -> None:
+    bounds = [0, *accumulate(rows)]
+    assert shares(bounds, 2**17 + 1, blocks) == expected
 
 
 @pytest.mark.parametrize("tokens, experts, k", [(1, 1, 1), (9, 4, 2), (33, 16, 3)])
 @pytest.mark.parametrize("shared_blocks", [False, True])
-def test_both_forms_give_the_same(
+@pytest.mark.parametrize("unit", [False, True])
+def test_all_forms_give_the_same_by_the_op_and_without_it(
     tokens: int,
     experts: int,
     k: int,
     shared_blocks: bool,
+    unit: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Outputs and all gradients, with unused slots and experts without visits."""
+    """Outputs and all gradients, with unused slots and experts without visits, and with
+    weights that are known to be 1."""
     outcomes = []
-    for form in ("padded", "runs"):
+    for form, direct in product(FORMS, (True, False)):
         problem = make_problem(tokens, experts, k)
         weights = problem.weights
         for part in (weights.gate_EFD, weights.up_EFD, weights.down_EFD):
             part.requires_grad_(False)
         assert problem.surrogates is not None
         problem.surrogates.out_EQD.requires_grad_(False)
+        if unit:
+            problem = replace(problem, combine_TE=problem.walked.reached_TE)
         if shared_blocks:
             weights = replace(weights, base_E=torch.arange(experts) // 2)
         force(monkeypatch, form)
+        monkeypatch.setattr(cpu, "nobody_looks_on", lambda _, yes=direct: yes)
         y_TD = grouped_experts(
             problem.x_TD,
             problem.walked,
@@ -141,34 +195,65 @@ def test_both_forms_give_the_same(
         )
         outcomes.append({"y": y_TD, **dict(zip(leaves, grads))})
     for name, value in outcomes[0].items():
-        if value is not None:
-            assert_close(name, value, outcomes[1][name].detach(), "fp64")
+        for other in outcomes[1:]:
+            if value is not None:
+                assert_close(name, value, other[name].detach(), "fp64")
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("slots", [1, 2])
-def test_padding_repeats_rows_of_the_same_expert(slots: int) -> None:
+def test_padding_makes_the_shares_even(slots: int, form: str) -> None:
     ids_TK = ids()[:, :slots].clone()
     ids_TK[ids_TK == 2] = -1
     ids_TK[3] = -1
-    order = sort_visits(ids_TK, EXPERTS)
-    batch = padded(order.order_N, order.offsets[::slots].tolist(), slots)
-    visited = sorted(set(ids_TK[ids_TK >= 0].tolist()))
-    assert batch.expert_V is not None and batch.expert_V.tolist() == visited
-    expert_n = ids_TK.flatten()[batch.visit_n].view(len(visited), batch.most)
-    assert torch.equal(expert_n, batch.expert_V.unsqueeze(1).expand_as(expert_n))
-    real_n = ~batch.padding_n1.squeeze(1)
+    batch = pad(ids_TK, form)
+    seen = sorted(set(ids_TK[ids_TK >= 0].tolist()))
+    assert [e for share in batch.shares for e in share.experts] == seen
+    assert (batch.padding_n1 is None) == (form == "apart")
+    real_n = torch.ones(len(batch), dtype=torch.bool)
+    if batch.padding_n1 is not None:
+        real_n = ~batch.padding_n1.squeeze(1)
+    for share in batch.shares:
+        parts = real_n[share.rows].view(len(share.experts), -1)
+        expert_Vm = ids_TK.flatten()[batch.visit_n[share.rows]].view_as(parts)
+        for expert, part, expert_m in zip(share.experts, parts, expert_Vm):
+            assert bool((expert_m[part] == expert).all())
+        assert bool(parts.all(1).any()), "one of them needs no padding"
+    assert batch.shares[-1].rows.stop == len(batch)
     used = (ids_TK.flatten() >= 0).nonzero().squeeze(1)
     assert torch.equal(batch.visit_n[real_n].sort()[0], used)
-    sorted_n = batch.visit_n[batch.position_U].int()
-    assert torch.equal(sorted_n, order.order_N[: len(used)])
+    assert torch.equal(batch.token_n, batch.visit_n // slots)
+    sorted_U = torch.empty(len(used), 1, dtype=torch.int64)
+    batch.to_sorted(batch.visit_n.unsqueeze(1), sorted_U)
+    expected = sort_visits(ids_TK, EXPERTS).order_N[: len(used)]
+    assert torch.equal(sorted_U.squeeze(1).int(), expected)
+    assert torch.equal(batch.from_sorted(sorted_U)[real_n], batch.visit_n[real_n, None])
 
 
-def test_padding_is_not_summed_and_tokens_without_visits_get_zero() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_visits_without_order_are_padded_alike(form: str) -> None:
+    visited_TE = torch.zeros(TOKENS, EXPERTS, dtype=torch.bool).scatter(1, ids(), True)
+    visited_TE[3] = False
+    visited_TE[:, 2] = False
+    bounds = [0, *accumulate(visited_TE.sum(0).tolist())]
+    groups = FORMS[form](visited(bounds))
+    expert_U, token_U = visited_TE.T.nonzero(as_tuple=True)
+    visit_U = token_U * EXPERTS + expert_U
+    found = pad_visited(visited_TE, bounds, groups)
+    expected = pad_sorted(visit_U, bounds, visited_TE.shape, groups)
+    assert found.shares == expected.shares
+    for field in fields(Padded):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        assert one is other is None or field.name == "shares" or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("form", ["together", "pairs"])
+def test_padding_is_not_summed_and_tokens_without_visits_get_zero(form: str) -> None:
     ids_TK = ids()
     ids_TK[::3, 1] = -1
     ids_TK[3] = -1
-    order = sort_visits(ids_TK, EXPERTS)
-    batch = padded(order.order_N, order.offsets[::SLOTS].tolist(), SLOTS)
+    batch = pad(ids_TK, form)
+    assert batch.padding_n1 is not None
     real_n = ~batch.padding_n1.squeeze(1)
     rows_nX = randn(len(batch), 3, seed=1)
     sums = Sums(TOKENS, 3, torch.float32)
@@ -227,7 +312,8 @@ def test_batches_are_whole_experts_in_order(per_batch: int) -> None:
     order = sort_visits(ids_TK, EXPERTS)
     bounds = order.offsets[::SLOTS].tolist()
     blocks = list(range(EXPERTS))[::-1]
-    found = runs(order.order_N, bounds, blocks, SLOTS, BATCH_BYTES // per_batch)
+    visit_U = order.order_N[: bounds[-1]].long()
+    found = runs(visit_U, bounds, blocks, SLOTS, max(1, BATCH_VALUES // per_batch))
     groups = [group for batch in found for group in batch.groups]
     experts = [group.expert for group in groups]
     assert experts == sorted(set(ids_TK[ids_TK >= 0].tolist())) and 2 not in experts
@@ -248,8 +334,10 @@ def test_batches_are_whole_experts_in_order(per_batch: int) -> None:
 def test_no_visits_are_no_batches() -> None:
     order = sort_visits(torch.full((3, 2), -1), EXPERTS)
     bounds = order.offsets[::2].tolist()
-    assert runs(order.order_N, bounds, range(EXPERTS), 2, 8) == []
+    none_U = order.order_N[:0].long()
+    assert runs(none_U, bounds, range(EXPERTS), 2, 8) == []
     assert not padding_pays(bounds, 1)
+    assert shares(bounds, 1, range(EXPERTS)) == []
 
 
 @pytest.mark.parametrize("shape", [(2, 32), (3, 43), (5, 13), (1, 1), (700, 400)])

@@ -4,21 +4,24 @@ Experts with few rows share a batch, so that gathering, scattering and what is d
 by unit is one call for many of them; matmuls are made expert by expert. Where that is the
 slower way, :mod:`samv2_kernels.cpu.padded` makes one batch of all experts.
 
-Shapes: T tokens, E experts, V some of them, F rows an expert, K slots, N = T K visits, n
-rows of a batch, X, Y columns.
+Shapes: T tokens, D model width, E experts, V some of them, F rows an expert, K slots, U visits, n rows of
+a batch, X, Y columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-BATCH_BYTES = 2**20
+BATCH_VALUES = 2**19
 """Of a batch's inputs; an expert that has more is a batch by itself."""
+BAGGED_ROWS = 2
+"""Up to which a product is a sum of the matrix's rows, and rows are added one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,16 @@ class Matrices(Protocol):
     def of(self, group: Group) -> Tensor:
         """That of one expert, valid until the next call."""
 
-    def stack(self, expert_V: Tensor | None) -> Tensor:
-        """(V, X, Y): those of some experts, or of all; for padded batches alone."""
+    def stack(self, experts: list[int]) -> Tensor:
+        """(V, X, Y): those of some experts; for padded batches alone."""
+
+
+def take(stack_EXY: Tensor, which: Sequence[int]) -> Tensor:
+    """(V, X, Y) some matrices of a stack, copied where they are not neighbours."""
+    first, last = which[0], which[-1]
+    if list(which) == list(range(first, last + 1)):
+        return stack_EXY[first : last + 1]
+    return stack_EXY[torch.tensor(which)]
 
 
 class Sums:
@@ -110,14 +121,11 @@ class Batch(Protocol):
     def put(self, into_TK: Tensor, value_n: Tensor) -> None:
         """Write a number a visit."""
 
-    def saved(self, rows_NF: Tensor) -> Tensor:
+    def from_sorted(self, rows_UF: Tensor) -> Tensor:
         """(n, F): this batch's part of rows in the sorted order."""
 
-    def place(self, rows_NF: Tensor) -> Tensor:
-        """(n, F), uninitialised: where to make the rows that :meth:`save` is to have."""
-
-    def save(self, rows_nF: Tensor, into_NF: Tensor) -> None:
-        """See to it that rows made in their :meth:`place` are in the sorted order."""
+    def to_sorted(self, rows_nF: Tensor, into_UF: Tensor) -> None:
+        """Put this batch's rows in the sorted order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,68 +164,84 @@ class Run:
         add: bool = False,
     ) -> None:
         for group, rows, out in self.by_expert(rows_nX, out_nY):
+            matrix_XY = matrices.of(group)
             if add:
-                torch.addmm(out, rows, matrices.of(group), out=out)
+                torch.addmm(out, rows, matrix_XY, out=out)
+            elif len(rows) <= BAGGED_ROWS and matrix_XY.is_contiguous():
+                out.copy_(_bagged(rows, matrix_XY))
             else:
-                torch.mm(rows, matrices.of(group), out=out)
+                torch.mm(rows, matrix_XY, out=out)
 
     def outer(self, left_nX: Tensor, right_nY: Tensor, out_EXY: Tensor) -> None:
         for group, left, right in self.by_expert(left_nX, right_nY):
             torch.mm(left.T, right, out=out_EXY[group.expert])
 
     def add(self, sums: Sums, rows_nX: Tensor) -> None:
+        if len(rows_nX) <= BAGGED_ROWS:
+            for token, row_X in zip(self.token_n.tolist(), rows_nX):
+                sums.running()[token] += row_X
+            return
         sums.running().index_add_(0, self.token_n, sums.widened(rows_nX))
 
     def put(self, into_TK: Tensor, value_n: Tensor) -> None:
         into_TK.view(-1)[self.visit_n] = value_n
 
-    def saved(self, rows_NF: Tensor) -> Tensor:
-        return rows_NF[self.rows]
+    def from_sorted(self, rows_UF: Tensor) -> Tensor:
+        return rows_UF[self.rows]
 
-    def place(self, rows_NF: Tensor) -> Tensor:
-        return rows_NF[self.rows]
+    def to_sorted(self, rows_nF: Tensor, into_UF: Tensor) -> None:
+        into_UF[self.rows] = rows_nF
 
-    def save(self, rows_nF: Tensor, into_NF: Tensor) -> None:
-        """They are."""
+
+def _bagged(rows_nX: Tensor, matrix_XY: Tensor) -> Tensor:
+    """Their product: a weighted sum of the matrix's rows, each of them read as it lies,
+    where a matmul would rearrange them first."""
+    count, width = rows_nX.shape
+    return embedding_bag(
+        torch.arange(width).repeat(count),
+        matrix_XY,
+        torch.arange(0, count * width, width),
+        mode="sum",
+        per_sample_weights=rows_nX.reshape(-1),
+    )
 
 
 def runs(
-    order_N: Tensor,
-    bounds: list[int],
-    blocks: range | list[int],
+    visit_U: Tensor,
+    bounds: Sequence[int],
+    blocks: Sequence[int],
     slots: int,
-    row_bytes: int,
+    width: int,
 ) -> list[Run]:
     """Cut the visits, by rising expert; experts without visits are left out.
 
     Args:
-        order_N: (N,) int32 sorted visits of a ``VisitOrder``.
+        visit_U: (U,) int64 visits v = t K + slot, sorted by expert.
         bounds: E + 1 exclusive offsets of the experts among them.
         blocks: the block of each expert.
         slots: K, at least 1.
-        row_bytes: of an input.
+        width: D.
     """
-    visit_N = order_N.long()
-    token_N = visit_N.div(slots, rounding_mode="floor")
-    most = max(1, BATCH_BYTES // row_bytes)
+    token_U = visit_U.div(slots, rounding_mode="floor")
+    most = max(1, BATCH_VALUES // width)
     found: list[Run] = []
     spans: list[tuple[int, int, int]] = []
     for e, (start, stop) in enumerate(zip(bounds, bounds[1:])):
         if spans and stop - spans[0][1] > most:
-            found.append(_run(spans, blocks, visit_N, token_N))
+            found.append(_run(spans, blocks, visit_U, token_U))
             spans = []
         if start < stop:
             spans.append((e, start, stop))
     if spans:
-        found.append(_run(spans, blocks, visit_N, token_N))
+        found.append(_run(spans, blocks, visit_U, token_U))
     return found
 
 
 def _run(
     spans: list[tuple[int, int, int]],
-    blocks: range | list[int],
-    visit_N: Tensor,
-    token_N: Tensor,
+    blocks: Sequence[int],
+    visit_U: Tensor,
+    token_U: Tensor,
 ) -> Run:
     """The visits of (expert, first row, stop row)s."""
     rows = slice(spans[0][1], spans[-1][2])
@@ -231,6 +255,6 @@ def _run(
             for e, start, stop in spans
         ),
         rows=rows,
-        visit_n=visit_N[rows],
-        token_n=token_N[rows],
+        visit_n=visit_U[rows],
+        token_n=token_U[rows],
     )

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from samv2_kernels.cpu.batches import Batch, Group, Matrices
+from samv2_kernels.cpu.batches import Batch, Group, Matrices, take
 from samv2_kernels.cpu.nf4 import project, unpack
 
 GATE, UP, DOWN = 0, 1, 2
@@ -27,8 +27,8 @@ class Stack:
     def of(self, group: Group) -> Tensor:
         return self.stack_EXY[group.expert]
 
-    def stack(self, expert_V: Tensor | None) -> Tensor:
-        return self.stack_EXY if expert_V is None else self.stack_EXY[expert_V]
+    def stack(self, experts: list[int]) -> Tensor:
+        return take(self.stack_EXY, experts)
 
 
 class Blocks(Protocol):
@@ -47,32 +47,29 @@ class Blocks(Protocol):
 class Shared:
     """Matrices of blocks in one tensor."""
 
-    def __init__(self, stack_BXY: Tensor, base_E: Tensor) -> None:
-        self.stack_BXY, self.base_E = stack_BXY, base_E
+    def __init__(self, stack_BXY: Tensor, blocks: Sequence[int]) -> None:
+        self.stack_BXY, self.blocks = stack_BXY, blocks
 
     def of(self, group: Group) -> Tensor:
         return self.stack_BXY[group.block]
 
-    def stack(self, expert_V: Tensor | None) -> Tensor:
-        block_V = self.base_E if expert_V is None else self.base_E[expert_V]
-        return self.stack_BXY[block_V]
+    def stack(self, experts: list[int]) -> Tensor:
+        return take(self.stack_BXY, [self.blocks[e] for e in experts])
 
 
 class FloatBlocks:
     """Blocks in the dtype of the rows."""
 
-    def __init__(self, parts: Sequence[Tensor], base_E: Tensor | None) -> None:
+    def __init__(self, parts: Sequence[Tensor], blocks: Sequence[int] | None) -> None:
         self.parts = parts
-        self.base_E = base_E
+        self.blocks = blocks
         self.shape = tuple(parts[0].shape[1:])
 
     def part(self, part: int, *, transposed: bool = False) -> Matrices:
         matrices = self.parts[part]
         if transposed:
             matrices = matrices.transpose(1, 2)
-        if self.base_E is None:
-            return Stack(matrices)
-        return Shared(matrices, self.base_E)
+        return Stack(matrices) if self.blocks is None else Shared(matrices, self.blocks)
 
     def enter(self, batch: Batch, x_nD: Tensor, gate_nF: Tensor, up_nF: Tensor) -> None:
         batch.multiply(x_nD, self.part(GATE, transposed=True), gate_nF)
@@ -99,7 +96,7 @@ class Unpacked:
         matrix = unpack(codes_H, absmax_N, self.shape, self.dtype)
         return matrix.T if self.transposed else matrix
 
-    def stack(self, expert_V: Tensor | None) -> Tensor:
+    def stack(self, experts: list[int]) -> Tensor:
         raise NotImplementedError("NF4 blocks are unpacked one at a time")
 
 
@@ -148,12 +145,15 @@ class DecodingBlocks:
 
 
 def blocks_of(
-    weights: Sequence[Tensor], x_TD: Tensor, ffn_width: int, base_E: Tensor | None
+    weights: Sequence[Tensor],
+    x_TD: Tensor,
+    ffn_width: int,
+    base_E: Tensor | None,
 ) -> Blocks:
     """The blocks that an op's list of three, six or four tensors stands for."""
     shape = (ffn_width, x_TD.shape[1])
     if len(weights) == 3:
-        return FloatBlocks(weights, base_E)
+        return FloatBlocks(weights, None if base_E is None else base_E.tolist())
     if len(weights) == 6:
         return Nf4Blocks(weights, shape, x_TD.dtype)
     return DecodingBlocks(weights, shape)

@@ -52,6 +52,11 @@ class RankGradients:
         self.up_EFR = torch.zeros_like(rank.up_EFR)
         self.down_ERF = torch.zeros_like(rank.down_ERF)
 
+    def complete(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Those of the two low-rank inputs and of the rows, in their order in the op."""
+        low_gate_TR, low_up_TR = self.low_gate.complete(), self.low_up.complete()
+        return low_gate_TR, low_up_TR, self.gate_EFR, self.up_EFR, self.down_ERF
+
     def leave(
         self,
         batch: Batch,
@@ -113,3 +118,35 @@ class StandInGradients:
         batch.put(self.reached_TK, -product_n)
         back_nQ.mul_(-batch.of_visits(self.stand_ins.reached_TK, back_nQ.dtype))
         batch.add(self.low, back_nQ)
+
+    def complete(self) -> tuple[Tensor, Tensor]:
+        """Those of U x and of r."""
+        return self.low.complete(), self.reached_TK.to(self.stand_ins.reached_TK.dtype)
+
+
+def rank_of(
+    low_gate_TR: Tensor | None,
+    low_up_TR: Tensor | None,
+    gate_EFR: Tensor | None,
+    up_EFR: Tensor | None,
+    down_ERF: Tensor | None,
+) -> Rank | None:
+    """The op's arguments of that name, if there are adapters."""
+    if down_ERF is None:
+        return None
+    return Rank(
+        low_gate_TR=low_gate_TR,
+        low_up_TR=low_up_TR,
+        gate_EFR=gate_EFR,
+        up_EFR=up_EFR,
+        down_ERF=down_ERF,
+    )
+
+
+def stand_ins_of(
+    low_TQ: Tensor | None, out_EQD: Tensor | None, reached_TK: Tensor | None
+) -> StandIns | None:
+    """The op's arguments of that name, if there are surrogates."""
+    if low_TQ is None:
+        return None
+    return StandIns(low_TQ=low_TQ, out_EQD=out_EQD, reached_TK=reached_TK)
