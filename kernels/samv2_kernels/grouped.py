@@ -127,7 +127,7 @@ def _one_pass(
     if surrogates is not None:
         low_TQ = x_TD @ surrogates.shared_QD.to(x_TD.dtype).T
         out_EQD = surrogates.out_EQD.to(x_TD.dtype)
-    if cpu.nobody_looks_on(x_TD):
+    if cpu.is_plain_eager(x_TD):
         reached_TE = None if surrogates is None else walked.reached_TE
         y_TD = add_down(
             x_TD,

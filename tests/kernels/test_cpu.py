@@ -181,7 +181,7 @@ def test_all_forms_give_the_same_by_the_op_and_without_it(
         if shared_blocks:
             weights = replace(weights, base_E=torch.arange(experts) // 2)
         force(monkeypatch, form)
-        monkeypatch.setattr(cpu, "nobody_looks_on", lambda _, yes=direct: yes)
+        monkeypatch.setattr(cpu, "is_plain_eager", lambda _, yes=direct: yes)
         y_TD = grouped_experts(
             problem.x_TD,
             problem.walked,

@@ -26,7 +26,7 @@ from samv2_kernels.cpu.passes import Task, backward, forward, visited_batches
 from samv2_kernels.cpu.terms import rank_of, stand_ins_of
 
 
-def nobody_looks_on(x_TD: Tensor) -> bool:
+def is_plain_eager(x_TD: Tensor) -> bool:
     """Whether ops may be left out: eager mode on a CPU, no tracing, no transforms."""
     return (
         type(x_TD) in (Tensor, torch.nn.Parameter)
