@@ -9,6 +9,10 @@ turns with memcpy: other processes on the machine take time on the clock and now
 bandwidth, but not the least CPU time; what remains falls on memcpy and codec alike. The
 codec uses one thread, so no work escapes.
 
+**Pages.** What is copied, packed and unpacked lies on pages of 4 KiB, where torch puts its
+tensors; numpy asks for huge ones, on which memcpy gains more than the codec.
+``SAMV2_BENCH_HUGE=1`` asks for them too.
+
 **Warm memory.** Fresh pages cost several times what the codec does, and whoever decodes
 round after round has warm ones. So the allocator is told to keep what is freed;
 ``SAMV2_BENCH_FRESH=1`` leaves it as it is.
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -81,19 +86,28 @@ def fastest(
     return best
 
 
+def on_pages(tensor: Tensor) -> Tensor:
+    """A copy on pages of the kind that the run asks for."""
+    memory = mmap.mmap(-1, max(1, tensor.nbytes))
+    if os.environ.get("SAMV2_BENCH_HUGE") == "1":
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel())
+    return copy.copy_(tensor)
+
+
 class Packed:
     """One tensor with all that is needed to pack and unpack it again and again."""
 
     def __init__(self, tensor: Tensor, codec: str = "raw") -> None:
-        self.update = {0: tensor}
+        self.update = {0: on_pages(tensor)}
         self.codec = codec
         self.manifest = Manifest.of(self.update)
-        self.total = {0: torch.zeros_like(tensor)}
-        self.copied = torch.ones_like(tensor)
+        self.total = {0: on_pages(torch.zeros_like(tensor))}
+        self.copied = on_pages(torch.ones_like(tensor))
         self.frame = pack(self.update, self.manifest, round=ROUND, codec=codec)
-        self.decoded = {0: torch.ones_like(tensor)}
-        self._memory = torch.ones(len(self.frame), dtype=torch.uint8)
-        self.packed = memoryview(self._memory.numpy())
+        self.decoded = {0: on_pages(torch.ones_like(tensor))}
+        frame = on_pages(torch.ones(len(self.frame), dtype=torch.uint8))
+        self.packed = memoryview(frame.numpy())
 
     def encode(self) -> int:
         return pack_into(

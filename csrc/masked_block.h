@@ -102,8 +102,15 @@ void expand_as(const u64* masks, u32 count, const Bits* values, u32 stored, bool
                Bits* out) {
   PackedValues<Bits> packed(values, stored);
   const u32 full = count / 64;
-  for (u32 w = 0; w < full; ++w, out += 64)
-    expand_64(masks[w], packed.next(static_cast<u32>(popcount(masks[w]))), stream, out);
+  // Most words of such blocks are clear, and a guess that one is seldom fails.
+  constexpr u32 kVerySparse = 256;
+  const bool very_sparse = stored < count / kVerySparse;
+  for (u32 w = 0; w < full; ++w, out += 64) {
+    if (very_sparse && masks[w] == 0)
+      zero_bytes(reinterpret_cast<u8*>(out), 64 * sizeof(Bits), stream);
+    else
+      expand_64(masks[w], packed.next(static_cast<u32>(popcount(masks[w]))), stream, out);
+  }
   if (count & 63) {
     Bits tail[64];
     expand_64(masks[full], packed.next(static_cast<u32>(popcount(masks[full]))), false, tail);
