@@ -39,7 +39,8 @@ def masked_dense_experts(
     Returns:
         (T, D) in the dtype of ``x_TD``; gradients as of :func:`grouped_experts`.
     """
-    if trained(weights, surrogates) or not cpu.is_plain_eager(x_TD):
+    direct = cpu.is_plain_eager(x_TD) and cpu.masking_pays(x_TD)
+    if trained(weights, surrogates) or not direct:
         return reference.masked_dense_experts(
             x_TD,
             reached_TE,

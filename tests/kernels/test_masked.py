@@ -35,15 +35,19 @@ def compute(problem: Problem, how: Any = masked_dense_experts) -> Tensor:
     )
 
 
-@pytest.fixture(params=["at once", "along columns", "cut", "cut, along columns"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where hidden units lie, and how many rows pass at a time."""
-    monkeypatch.setattr(cpu_masked, "ROWS", 4 if "cut" in request.param else 10**6)
-    few = 10**6 if "columns" in request.param else 0
-    monkeypatch.setattr(cpu_masked, "FEW_ROWS", few)
+@pytest.fixture(autouse=True)
+def any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows are enough."""
+    monkeypatch.setattr(cpu_masked, "LEAST_ROWS", 0)
 
 
-@pytest.mark.usefixtures("layout")
+@pytest.fixture(params=[4, 10**6])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many pass at a time."""
+    monkeypatch.setattr(cpu_masked, "ROWS", request.param)
+
+
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("surrogates", [False, True])
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
@@ -54,7 +58,7 @@ def test_it_is_the_loop(
     assert_same(problem, compute(problem))
 
 
-@pytest.mark.usefixtures("layout")
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("adapters", [False, True])
 def test_weights_that_are_the_visited_set_give_the_same(adapters: bool) -> None:
     problem = freeze(make_problem(13, 5, 3, adapters=adapters))
@@ -62,7 +66,7 @@ def test_weights_that_are_the_visited_set_give_the_same(adapters: bool) -> None:
     assert_same(problem, compute(problem))
 
 
-@pytest.mark.usefixtures("layout")
+@pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize(
     "dtype, ratio", [(torch.float32, "fp32"), (torch.bfloat16, "bf16")]
 )
@@ -93,7 +97,7 @@ def test_experts_may_share_blocks() -> None:
         assert_close(f"gradient of {name}", gradient, expected[name], "fp64")
 
 
-def test_blocks_that_learn_and_observers_get_the_twin(
+def test_blocks_that_learn_few_rows_and_observers_get_the_twin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -105,5 +109,8 @@ def test_blocks_that_learn_and_observers_get_the_twin(
     frozen = freeze(problem)
     with pytest.raises(AssertionError, match="was called"):
         compute(frozen)
+    with monkeypatch.context() as few:
+        few.setattr(cpu_masked, "LEAST_ROWS", 14)
+        assert_close("y", compute(frozen), compute(problem).detach(), "fp64")
     with FlopCounterMode(display=False):
         assert_close("y", compute(frozen), compute(problem).detach(), "fp64")

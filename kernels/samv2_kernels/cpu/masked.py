@@ -29,8 +29,13 @@ SMALL_WEIGHTS = 2**20
 """M D of layers whose weights stay in the cache, so that few rows may pass at a time."""
 ROWS = 512
 """That do; a matmul of fewer is slower."""
-FEW_ROWS = 64
-"""Up to which the products of such layers are faster with hidden units along columns."""
+LEAST_ROWS = 512
+"""From which on this beats plain autograd, whose cost a pass is smaller."""
+
+
+def masking_pays(x_TD: Tensor) -> bool:
+    """Whether there is enough to do for :func:`masked_experts`."""
+    return len(x_TD) >= LEAST_ROWS
 
 
 def masked_experts(
@@ -174,15 +179,11 @@ def _rows(x_TD: Tensor, gate_MD: Tensor) -> Iterator[slice]:
 
 def _hidden(x_nD: Tensor, part_MD: Tensor) -> Tensor:
     """(n, M), uninitialised."""
-    if len(x_nD) <= FEW_ROWS and part_MD.numel() <= SMALL_WEIGHTS:
-        return x_nD.new_empty((len(part_MD), len(x_nD))).T
     return x_nD.new_empty((len(x_nD), len(part_MD)))
 
 
 def _scale(hidden_nM: Tensor, by_nE: Tensor) -> Tensor:
     """Multiply the experts' units, in place."""
-    if hidden_nM.stride(0) == 1:
-        by_nE = by_nE.T.contiguous().T  # Along the units, or every one is looked up.
     hidden_nM.unflatten(1, (by_nE.shape[1], -1)).mul_(by_nE.unsqueeze(2))
     return hidden_nM
 
