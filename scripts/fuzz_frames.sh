@@ -156,6 +156,6 @@ if [ -n "$coverage" ]; then
       gcov -n -b -r -s "$PWD" -o "$gcov_build/$(basename "$source" .cpp).o" "$source"
   done 2>/dev/null | awk -F"'" '
     /^File/ { file = $2 }
-    /^Lines/ && !(file in lines) && file ~ /csrc\/(bits|index|masked|numbers|parse|rle|values|writer)/ {
+    /^Lines/ && !(file in lines) && file ~ /csrc\/(bits|index_block|lanes|masked_block|numbers|parse|rle|value_block|writer)/ {
       lines[file] = $0; print file ": " $0 }'
 fi
