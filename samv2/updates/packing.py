@@ -62,7 +62,7 @@ def pack(
 
     An element is stored iff its bit pattern is not zero, so -0.0, denormals and NaN
     payloads survive the ``raw`` codec. Inputs are only read. Tensors that are not
-    contiguous or not on the CPU are copied first.
+    contiguous or not on the CPU are copied first. Other threads must not write to them.
 
     Args:
         update: ``{id: tensor}``; ids a subset of the manifest's, shapes and dtypes as
@@ -85,8 +85,9 @@ def pack(
         The frame.
 
     Raises:
-        PackError: a tensor does not fit the manifest, a setting is out of range, or a
-            lossy codec meets a value that is not finite before or after rounding.
+        PackError: a tensor does not fit the manifest, a setting is out of range, a lossy
+            codec meets a value that is not finite before or after rounding, or another
+            thread is seen to write to a tensor.
     """
     frame = _encode(
         update,
@@ -127,7 +128,9 @@ def pack_into(
         Length of the frame in bytes.
 
     Raises:
-        PackError: as :func:`pack`, or ``out`` is too small; it is then unchanged.
+        PackError: as :func:`pack`; what ``out`` holds is then undefined. Or ``out`` is
+            too small; it is then unchanged.
+        BufferError, TypeError: ``out`` is read-only, or not contiguous bytes.
     """
     length = _encode(
         update,

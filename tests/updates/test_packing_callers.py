@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from packing_frames import ROUND, same_bits, sparse
 
 from samv2.common.errors import FrameError
 from samv2.updates.packing import (
+    CODECS,
     Manifest,
+    PackError,
     pack,
+    pack_into,
     unpack,
 )
 
@@ -30,3 +34,50 @@ def test_one_pass_names_damage_as_the_separate_steps_do() -> None:
             with pytest.raises(FrameError) as one_pass:
                 unpack(bad, manifest, round=ROUND, out=out)
             assert one_pass.value.reason == steps.value.reason
+
+
+@pytest.mark.parametrize("codec", ["raw", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_that_changes_is_refused_or_packed(
+    codec: str, dtype: torch.dtype
+) -> None:
+    """The writer counts values before it writes them, and memory behind them is safe."""
+    tensor = torch.zeros(1 << 18, dtype=dtype)
+    manifest = Manifest.of({0: tensor})
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            tensor.zero_()
+            tensor[::97] = 1.0
+            tensor.fill_(1.5)
+            tensor[::3] = 0.0
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    refused = 0
+    try:
+        for _ in range(150):
+            try:
+                pack({0: tensor}, manifest, round=ROUND, codec=codec)
+            except PackError as error:
+                assert "changed while it was packed" in str(error)
+                refused += 1
+    finally:
+        stop.set()
+        thread.join()
+    assert refused < 150
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_frames_are_written_to_any_address(codec: str) -> None:
+    update = {0: sparse(9_000, 0.3, seed=1), 1: sparse(70_000, 0.4, seed=2).half()}
+    manifest = Manifest.of(update)
+    frame = pack(update, manifest, round=ROUND, codec=codec)
+    memory = bytearray(len(frame) + 8)
+    for offset in range(5):
+        memory[:] = bytes(len(memory))
+        out = memoryview(memory)[offset:]
+        length = pack_into(update, manifest, out, round=ROUND, codec=codec)
+        assert bytes(out[:length]) == frame
+        assert not any(out[length:])
