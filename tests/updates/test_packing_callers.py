@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from samv2.updates.packing import (
     CODECS,
     Manifest,
     PackError,
+    accumulate_all,
     pack,
     pack_into,
+    squared_norm,
     unpack,
 )
 
@@ -67,6 +70,27 @@ def test_a_tensor_that_changes_is_refused_or_packed(
         stop.set()
         thread.join()
     assert refused < 150
+
+
+@pytest.fixture
+def flushed_denormals() -> Iterator[None]:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this machine cannot flush denormals")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_denormals_count_in_a_thread_that_flushes_them(flushed_denormals: None) -> None:
+    bits = torch.arange(1, 257, dtype=torch.int32)
+    denormals = {0: bits.view(torch.float32)}
+    manifest = Manifest.of(denormals)
+    frame = pack(denormals, manifest, round=ROUND)
+    total = {0: torch.zeros(256)}
+    accumulate_all([(frame, 1.0), (frame, 2.0)], manifest, total, round=ROUND)
+    assert torch.equal(total[0].view(torch.int32), 3 * bits)
+    assert squared_norm(frame, manifest, round=ROUND) > 0
+    one = torch.full((1,), 2.0**-127)
+    assert float(one * 1.0) == 0, "the thread's own mode came back"
 
 
 @pytest.mark.parametrize("codec", CODECS)
