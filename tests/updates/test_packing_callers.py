@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from packing_frames import ROUND, same_bits, sparse
+from torch import Tensor
 
 from samv2.common.errors import FrameError
 from samv2.updates.packing import (
     CODECS,
     Manifest,
     PackError,
+    accumulate,
     accumulate_all,
     pack,
     pack_into,
@@ -91,6 +93,29 @@ def test_denormals_count_in_a_thread_that_flushes_them(flushed_denormals: None) 
     assert squared_norm(frame, manifest, round=ROUND) > 0
     one = torch.full((1,), 2.0**-127)
     assert float(one * 1.0) == 0, "the thread's own mode came back"
+
+
+def overlapping() -> dict[int, Tensor]:
+    memory = torch.zeros(5_999)
+    return {0: memory[:3_000], 1: memory[2_999:]}
+
+
+def test_outputs_that_share_memory_are_refused_and_neighbours_are_not() -> None:
+    update = {0: sparse(3_000, 0.5, seed=1), 1: sparse(3_000, 0.5, seed=2)}
+    manifest = Manifest.of(update)
+    frame = pack(update, manifest, round=ROUND)
+    shared = overlapping()
+    with pytest.raises(PackError, match="out 0 and 1 share memory"):
+        unpack(frame, manifest, round=ROUND, out=shared)
+    with pytest.raises(PackError, match="accumulator 0 and 1 share memory"):
+        accumulate(frame, manifest, 1.0, shared, round=ROUND)
+    assert not shared[0].any() and not shared[1].any()
+    accumulate(frame, manifest, 1.0, shared, round=ROUND, only=[1])
+    assert torch.equal(shared[1], update[1])
+    memory = torch.zeros(6_000)
+    apart = {0: memory[3_000:], 1: memory[:3_000]}
+    unpack(frame, manifest, round=ROUND, out=apart)
+    assert same_bits(memory, torch.cat([update[1], update[0]]))
 
 
 @pytest.mark.parametrize("codec", CODECS)
