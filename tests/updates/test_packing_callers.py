@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from samv2.updates.packing import (
     unpack,
 )
 
+ROOT = Path(__file__).parents[2]
 
 
 def test_one_pass_names_damage_as_the_separate_steps_do() -> None:
@@ -130,3 +134,22 @@ def test_frames_are_written_to_any_address(codec: str) -> None:
         length = pack_into(update, manifest, out, round=ROUND, codec=codec)
         assert bytes(out[:length]) == frame
         assert not any(out[length:])
+
+
+@pytest.mark.parametrize("optimise", ["-O0", "-O2"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_no_machine_can_run_the_code_of_another(
+    isa: str, optimise: str, tmp_path: Path
+) -> None:
+    """The linker keeps one copy of a shared function, for whatever machine that was."""
+    if not (shutil.which("g++") and shutil.which("nm")):
+        pytest.skip("g++ or nm is not there")
+    made = tmp_path / "isa.o"
+    source = ROOT / "csrc" / f"isa_{isa}.cpp"
+    flags = ["-std=c++17", "-fPIC", optimise, "-I", str(ROOT / "csrc")]
+    subprocess.run(["g++", *flags, "-c", source, "-o", made], check=True)
+    listed = subprocess.run(
+        ["nm", "-C", "--defined-only", made], check=True, capture_output=True, text=True
+    )
+    symbols = [line.split(maxsplit=2)[1:] for line in listed.stdout.splitlines()]
+    assert not [name for kind, name in symbols if kind in "WVuTB"]
