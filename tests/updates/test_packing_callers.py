@@ -25,6 +25,7 @@ from samv2.updates.packing import (
     squared_norm,
     unpack,
 )
+from samv2.updates.sparsify import top_k
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +135,19 @@ def test_frames_are_written_to_any_address(codec: str) -> None:
         length = pack_into(update, manifest, out, round=ROUND, codec=codec)
         assert bytes(out[:length]) == frame
         assert not any(out[length:])
+
+
+def test_top_k_keeps_float32_and_names_a_wrong_count() -> None:
+    update = {0: torch.tensor([1.0, -3.0, 2.0])}
+    torch.set_default_dtype(torch.float64)
+    try:
+        kept = top_k(update, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_bits(kept[0], torch.tensor([0.0, -3.0, 0.0]))
+    for keep in (-1, 4):
+        with pytest.raises(ValueError, match="keep"):
+            top_k(update, keep)
 
 
 @pytest.mark.parametrize("optimise", ["-O0", "-O2"])
