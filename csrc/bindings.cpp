@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <cfenv>
 #include <memory>
 #include <string>
 #include <vector>
@@ -21,6 +22,23 @@ namespace {
 using rle::u32;
 using rle::u64;
 using rle::u8;
+
+// Without the GIL, and with the arithmetic that the format asks for: threads may be set to
+// flush denormals (torch.set_flush_denormal) or to round in other ways.
+class Unlocked {
+ public:
+  Unlocked() {
+    std::fegetenv(&callers_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~Unlocked() { std::fesetenv(&callers_); }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  py::gil_scoped_release release_;
+  std::fenv_t callers_;
+};
 
 rle::Dtype dtype_of(int code) {
   if (code < 0 || code > 2)
@@ -113,7 +131,7 @@ py::object encode(const py::list& tensors, int codec, int block_log2, int quant_
       packing(tensors, codec, block_log2, quant_log2, seed, round, fingerprint, error_feedback);
   std::unique_ptr<rle::FrameWriter> writer;
   {
-    py::gil_scoped_release release;
+    const Unlocked unlocked;
     writer = std::make_unique<rle::FrameWriter>(job.sources, job.options);
   }
   const u64 size = writer->size();
@@ -122,7 +140,7 @@ py::object encode(const py::list& tensors, int codec, int block_log2, int quant_
     if (target.ndim != 1 || target.itemsize != 1 || target.strides[0] != 1)
       throw py::type_error("`out` must be a contiguous, 1-D buffer of bytes");
     if (static_cast<u64>(target.size) >= size) {
-      py::gil_scoped_release release;
+      const Unlocked unlocked;
       writer->write(static_cast<u8*>(target.ptr));
     }
     return py::int_(size);
@@ -132,7 +150,7 @@ py::object encode(const py::list& tensors, int codec, int block_log2, int quant_
   auto frame = py::reinterpret_steal<py::bytes>(raw);
   u8* bytes = reinterpret_cast<u8*>(PyBytes_AS_STRING(raw));
   {
-    py::gil_scoped_release release;
+    const Unlocked unlocked;
     prefer_huge_pages(bytes, size);
     writer->write(bytes);
   }
@@ -160,7 +178,7 @@ rle::Frame check(const py::bytes& bytes, const rle::Expectation& expected, bool 
                  rle::Workspace& work) {
   const u8* data = data_of(bytes);
   const u64 size = size_of(bytes);
-  py::gil_scoped_release release;
+  const Unlocked unlocked;
   rle::Frame frame = rle::parse(data, size, &expected);
   for (const rle::Entry& entry : frame.entries)
     rle::validate(frame, entry, allow_nonfinite, work);
@@ -193,7 +211,7 @@ py::list decode(const py::bytes& bytes, const py::list& manifest, u64 fingerprin
     result.append(py::make_tuple(entry.id, array));
   }
   {
-    py::gil_scoped_release release;
+    const Unlocked unlocked;
     for (std::size_t i = 0; i < outputs.size(); ++i)
       rle::decode(frame, frame.entries[i], outputs[i], *work);
   }
@@ -208,7 +226,10 @@ py::tuple decode_into(const py::bytes& bytes, const py::list& manifest, u64 fing
   const rle::Expectation expected = expectation(manifest, fingerprint, round);
   const u8* data = data_of(bytes);
   const u64 size = size_of(bytes);
-  const rle::Frame frame = rle::parse(data, size, &expected, rle::BodyHash::later);
+  const rle::Frame frame = [&] {
+    const Unlocked unlocked;
+    return rle::parse(data, size, &expected, rle::BodyHash::later);
+  }();
   std::vector<py::buffer_info> pins;
   std::vector<void*> pointers;
   py::list ids;
@@ -226,7 +247,7 @@ py::tuple decode_into(const py::bytes& bytes, const py::list& manifest, u64 fing
   }
   if (missing.empty()) {
     const auto work = rle::make_workspace();
-    py::gil_scoped_release release;
+    const Unlocked unlocked;
     rle::check_and_decode(data, size, expected, allow_nonfinite, pointers, *work);
   }
   return py::make_tuple(ids, missing);
@@ -268,7 +289,7 @@ py::list accumulate(const py::list& frames, const py::list& manifest, u64 finger
   }
   if (!missing.empty()) return missing;
   {
-    py::gil_scoped_release release;
+    const Unlocked unlocked;
     for (std::size_t i = 0; i < rows.size(); ++i)
       rle::accumulate(addends[rows[i]], static_cast<float*>(pins[i].ptr), *work);
   }
@@ -281,9 +302,15 @@ py::dict squared_norms(const py::bytes& bytes, const py::list& manifest, u64 fin
   const rle::Expectation expected = expectation(manifest, fingerprint, round);
   const auto work = rle::make_workspace();
   const rle::Frame frame = check(bytes, expected, allow_nonfinite, *work);
+  std::vector<double> sums;
+  {
+    const Unlocked unlocked;
+    for (const rle::Entry& entry : frame.entries)
+      sums.push_back(rle::squared_norm(frame, entry, *work));
+  }
   py::dict norms;
-  for (const rle::Entry& entry : frame.entries)
-    norms[py::int_(entry.id)] = rle::squared_norm(frame, entry, *work);
+  for (std::size_t i = 0; i < sums.size(); ++i)
+    norms[py::int_(frame.entries[i].id)] = sums[i];
   return norms;
 }
 
@@ -302,7 +329,7 @@ u32 kth_magnitude(const py::list& sources, u64 k) {
   if (k < 1 || k > total || total > 0xFFFFFFFFu)
     throw py::value_error("there is no value number " + std::to_string(k) + " among " +
                           std::to_string(total));
-  py::gil_scoped_release release;
+  const Unlocked unlocked;
   return rle::kth_magnitude(pieces, k).bits;
 }
 
@@ -327,7 +354,7 @@ void keep_largest(const py::list& sources, u64 keep, const py::list& outputs) {
   if (keep > total || total > 0xFFFFFFFFu)
     throw py::value_error("cannot keep " + std::to_string(keep) + " of " +
                           std::to_string(total) + " values");
-  py::gil_scoped_release release;
+  const Unlocked unlocked;
   rle::Threshold threshold{0xFFFFFFFFu, 0};
   if (keep > 0) threshold = rle::kth_magnitude(pieces, keep);
   for (std::size_t i = 0; i < pieces.size(); ++i)
@@ -340,7 +367,7 @@ py::tuple inspect(const py::bytes& bytes) {
   const rle::Frame frame = [&] {
     const u8* data = data_of(bytes);
     const u64 size = size_of(bytes);
-    py::gil_scoped_release release;
+    const Unlocked unlocked;
     return rle::parse(data, size, nullptr);
   }();
   py::list rows;

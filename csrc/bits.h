@@ -143,7 +143,7 @@ class BitReader {
   const u8* bytes_;
   u64 at_ = 0;
   u64 end_;
-  Fault fault_;
+  Fault fault_{};  // braces: a constructor would be shared between instruction sets
 };
 
 }  // namespace

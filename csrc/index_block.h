@@ -97,7 +97,7 @@ Rice best_rice(const u16* symbols, u32 count) {
   const u64 mean = shifted_sum(symbols, count, 0) / count;
   unsigned k = mean < 2 ? 0 : static_cast<unsigned>(highest(mean));
   u64 best = cost(k);
-  for (const int step : {-1, 1}) {
+  for (int step = -1; step <= 1; step += 2) {
     bool improved = false;
     for (int next = int(k) + step; next >= 0 && next <= 15; next += step) {
       const u64 bits = cost(static_cast<unsigned>(next));

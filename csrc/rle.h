@@ -38,7 +38,8 @@ class FrameWriter {
   u64 size() const { return size_; }
 
   // Writes size() bytes. Throws std::invalid_argument if a lossy codec meets a value it
-  // cannot code as a finite number.
+  // cannot code as a finite number, or if the tensors no longer store as many values as
+  // were planned; nothing behind size() bytes changes.
   void write(u8* out) const;
 
  private:
@@ -55,12 +56,13 @@ class FrameWriter {
 
   bool keeps_values(const BlockIndex& block) const;
 
-  Body plan(const SourceTensor& tensor, Scratch& scratch) const;
+  // `packed` has room for the values of one block and what `gather_under` overruns.
+  Body plan(const SourceTensor& tensor, Scratch& scratch, u8* packed) const;
   void write_header(u8* out) const;
   // Everything before the value plane; returns where the plane begins.
   u8* write_index(const Body& body, u8* out) const;
   void write_values(const SourceTensor& tensor, const Body& body, u8* values,
-                    const u8* end, HashState& hash) const;
+                    const u8* body_end, const u8* frame_end, HashState& hash) const;
 
   const std::vector<SourceTensor>& tensors_;
   PackOptions options_;
@@ -125,7 +127,8 @@ struct Frame {
   }
 };
 
-// Whether the hash of the bodies is compared while parsing or by a later step.
+// Whether the hash of the bodies is compared while parsing or by a later step. A layout is
+// refused only after the hash, so the reason is the same.
 enum class BodyHash { now, later };
 
 // Checks header, directory, hashes and the layout of every body; throws Refused.

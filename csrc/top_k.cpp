@@ -22,7 +22,6 @@ u32 bin_of(const std::vector<u32>& histogram, u32 bins, u64& k) {
 }  // namespace
 
 Threshold kth_magnitude(const std::vector<Piece>& pieces, u64 k) {
-  // Counts are 32 bits wide and gathered per run of at most 2^31 values.
   constexpr int kTables = 4;  // equal neighbours must not wait for one counter
   std::vector<u32> high(kTables * kHighBins, 0);
   for (const Piece& piece : pieces) {

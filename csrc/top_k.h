@@ -19,8 +19,8 @@ struct Threshold {
   u64 ties;
 };
 
-// The k-th largest magnitude of all pieces together; 1 <= k <= their total. NaN counts as
-// larger than infinity. O(total); 1 MB of working memory.
+// The k-th largest magnitude of all pieces together; 1 <= k <= their total < 2^32. NaN counts
+// as larger than infinity. O(total); 1 MB of working memory.
 Threshold kth_magnitude(const std::vector<Piece>& pieces, u64 k);
 
 // Copies `piece` to `out` with zeros where the value is not among the largest. `ties` is

@@ -197,7 +197,7 @@ void nf4_levels(const float* values, const Rounding& rounding, u32 begin, u32 co
   if (!rounding.stochastic) {
     for (u32 done = 0; done < count; done += 64) {
       const u32 take = count - done < 64 ? count - done : 64;
-      float places[64];
+      float places[64] = {};
       std::int32_t found[64] = {};
       for (u32 i = 0; i < take; ++i) places[i] = values[done + i] / scale;
       for (int level = 0; level < 15; ++level) {

@@ -42,38 +42,59 @@ const u8* address(const SourceTensor& tensor, u64 element) {
                               "; clip the update, or pack it with codec 'raw'");
 }
 
-// Appends bytes to the frame and to its hash.
+// The plan counted the values of a tensor, and there are now more or fewer of them.
+[[noreturn]] void changed() {
+  throw std::invalid_argument(
+      "a tensor changed while it was packed; let no other thread write to it");
+}
+
+// Appends the values of one body to the frame and to its hash; never more than planned.
 class Sink {
  public:
-  Sink(u8* at, const u8* end, bool stream, HashState& hash)
-      : at_(at), end_(end), stream_(stream), hash_(hash) {}
+  Sink(u8* at, const u8* body_end, const u8* frame_end, bool stream, HashState& hash)
+      : at_(at),
+        body_end_(body_end),
+        frame_end_(frame_end),
+        stream_(stream),
+        aligned_((reinterpret_cast<std::uintptr_t>(at) & 3) == 0),
+        hash_(hash) {}
 
   // Where up to `count` bytes and kOverrun more may be written before they are committed:
   // in the frame, or at its very end in `spare`.
   u8* room(u64 count, u8* spare) const {
-    return static_cast<u64>(end_ - at_) >= count + kOverrun ? at_ : spare;
+    const bool fits = static_cast<u64>(frame_end_ - at_) >= count + kOverrun;
+    return aligned_ && fits ? at_ : spare;
   }
 
   void commit(const u8* room, u64 count) {
     if (room != at_) return put(room, count);
+    expect_room(count);
     isa().hash_update(hash_, at_, count);
     at_ += count;
   }
 
   void put(const u8* bytes, u64 count) {
+    expect_room(count);
     isa().hash_update(hash_, bytes, count);
     isa().copy(at_, bytes, count, stream_);
     at_ += count;
   }
 
   void finish() const {
+    if (at_ != body_end_) changed();
     if (stream_) isa().fence();
   }
 
  private:
+  void expect_room(u64 count) const {
+    if (count > static_cast<u64>(body_end_ - at_)) changed();
+  }
+
   u8* at_;
-  const u8* end_;
+  const u8* body_end_;
+  const u8* frame_end_;
   bool stream_;
+  bool aligned_;  // frames may be written to any address
   HashState& hash_;
 };
 
@@ -182,9 +203,10 @@ void write_spans(const BlockIndex& block, const u8* stream, const u8* elements, 
 FrameWriter::FrameWriter(const std::vector<SourceTensor>& tensors, const PackOptions& options)
     : tensors_(tensors), options_(options) {
   const std::unique_ptr<Scratch> scratch(new Scratch);
+  const std::unique_ptr<u8[]> packed(new u8[4 * kMaxBlock + kOverrun]);
   size_ = kHeaderBytes + kEntryBytes * tensors.size();
   for (const SourceTensor& tensor : tensors) {
-    Body body = plan(tensor, *scratch);
+    Body body = plan(tensor, *scratch, packed.get());
     const Coding& coding = body.coding;
     body.begin = size_;
     u64 end = size_ + body.presence.size() + kDescriptorBytes * body.blocks.size() +
@@ -199,7 +221,8 @@ FrameWriter::FrameWriter(const std::vector<SourceTensor>& tensors, const PackOpt
   size_ += kTrailerBytes;
 }
 
-FrameWriter::Body FrameWriter::plan(const SourceTensor& tensor, Scratch& scratch) const {
+FrameWriter::Body FrameWriter::plan(const SourceTensor& tensor, Scratch& scratch,
+                                    u8* packed) const {
   Body body;
   const Codec codec = effective_codec(options_.codec, tensor.dtype);
   body.coding = {codec, tensor.dtype, is_quantised(codec) ? options_.quant_log2 : 0};
@@ -213,7 +236,6 @@ FrameWriter::Body FrameWriter::plan(const SourceTensor& tensor, Scratch& scratch
   body.blocks.reserve(blocks);
   body.index.reserve(pieces(tensor.numel, 3));
   body.kept.reserve(tensor.numel / kKeptShare * width);
-  std::vector<u8> packed(4 * kMaxBlock / kKeptShare + kOverrun);
   for (u64 b = 0; b < blocks; ++b) {
     const u32 elements = elements_of(tensor, b, options_.block_log2);
     const u8* block = address(tensor, b << options_.block_log2);
@@ -224,8 +246,9 @@ FrameWriter::Body FrameWriter::plan(const SourceTensor& tensor, Scratch& scratch
     body.index.insert(body.index.end(), scratch.index, scratch.index + index.index_bytes);
     if (keeps_values(index)) {
       const u32 stored =
-          isa().gather_under(scratch.masks, block, width, elements, packed.data());
-      body.kept.insert(body.kept.end(), packed.begin(), packed.begin() + stored * width);
+          isa().gather_under(scratch.masks, block, width, elements, packed);
+      if (stored != index.stored) changed();
+      body.kept.insert(body.kept.end(), packed, packed + stored * width);
     }
     body.stored += index.stored;
     body.blocks.push_back(index);
@@ -245,7 +268,7 @@ void FrameWriter::write(u8* out) const {
     u8* values = write_index(bodies_[i], out);
     const u8* begin = out + bodies_[i].begin;
     isa().hash_update(hash, begin, static_cast<u64>(values - begin));
-    write_values(tensors_[i], bodies_[i], values, out + size_, hash);
+    write_values(tensors_[i], bodies_[i], values, begin + bodies_[i].bytes, out + size_, hash);
   }
   write_header(out);
   store(out + size_ - kTrailerBytes, isa().hash_digest(hash));
@@ -307,13 +330,14 @@ u8* FrameWriter::write_index(const Body& body, u8* out) const {
 }
 
 void FrameWriter::write_values(const SourceTensor& tensor, const Body& body, u8* values,
-                               const u8* end, HashState& hash) const {
+                               const u8* body_end, const u8* frame_end,
+                               HashState& hash) const {
   const Coding& coding = body.coding;
   const u64 width = dtype_bytes(tensor.dtype);
   const bool raw = coding.codec == Codec::raw;
   const bool stochastic = options_.stochastic && !raw;
   const u64 bytes = value_plane_bytes(body.stored, coding.codec, coding.dtype);
-  Sink sink(values, end, bytes >= kStreamBytes, hash);
+  Sink sink(values, body_end, frame_end, bytes >= kStreamBytes, hash);
   std::unique_ptr<LossyWriter> lossy;
   if (!raw)
     lossy = std::make_unique<LossyWriter>(

@@ -73,7 +73,7 @@ def aggregate(
         for expert_id in item.expert_ids:
             if expert_id not in sums:
                 shape = manifest.shapes[manifest.position(expert_id)]
-                sums[expert_id] = torch.zeros(shape)
+                sums[expert_id] = torch.zeros(shape, dtype=torch.float32)
             weights[expert_id] = weights.get(expert_id, 0.0) + item.weight
             contributors.setdefault(expert_id, []).append(item.client)
     accumulate_all(

@@ -3,13 +3,15 @@
 The format is docs/wire_format.md; the codec is the C++ extension in csrc/, and
 :mod:`samv2.updates._reference_decoder` is the same decoder in readable Python.
 Functions that write into given memory are :func:`pack_into`, :func:`unpack` with
-``out``, and :func:`accumulate`; the others are pure. The extension picks the fastest
-instruction set of the machine (AVX-512, AVX2 or portable code); the environment variable
-``SAMV2_ISA`` (``avx512``, ``avx2``, ``scalar``) forces one. All give the same bytes.
+``out``, :func:`accumulate` and :func:`accumulate_all`; the others are pure. The extension
+picks the fastest instruction set of the machine (AVX-512, AVX2 or portable code); the
+environment variable ``SAMV2_ISA`` (``avx512``, ``avx2``, ``scalar``) forces one. All give
+the same bytes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -62,7 +64,7 @@ def pack(
 
     An element is stored iff its bit pattern is not zero, so -0.0, denormals and NaN
     payloads survive the ``raw`` codec. Inputs are only read. Tensors that are not
-    contiguous or not on the CPU are copied first.
+    contiguous or not on the CPU are copied first. Other threads must not write to them.
 
     Args:
         update: ``{id: tensor}``; ids a subset of the manifest's, shapes and dtypes as
@@ -85,8 +87,9 @@ def pack(
         The frame.
 
     Raises:
-        PackError: a tensor does not fit the manifest, a setting is out of range, or a
-            lossy codec meets a value that is not finite before or after rounding.
+        PackError: a tensor does not fit the manifest, a setting is out of range, a lossy
+            codec meets a value that is not finite before or after rounding, or another
+            thread is seen to write to a tensor.
     """
     frame = _encode(
         update,
@@ -127,7 +130,9 @@ def pack_into(
         Length of the frame in bytes.
 
     Raises:
-        PackError: as :func:`pack`, or ``out`` is too small; it is then unchanged.
+        PackError: as :func:`pack`; what ``out`` holds is then undefined. Or ``out`` is
+            too small; it is then unchanged.
+        BufferError, TypeError: ``out`` is read-only, or not contiguous bytes.
     """
     length = _encode(
         update,
@@ -196,16 +201,18 @@ def unpack(
         round: the round the frame must belong to.
         allow_nonfinite: accept NaN and infinities.
         out: ``{id: tensor}``, contiguous CPU tensors of the manifest's shapes and dtypes
-            for at least the frame's ids. They are written in one pass, which spares
-            new memory; if the frame is refused, what they hold is undefined. None makes
-            new tensors, and only after the whole frame was checked.
+            for at least the frame's ids, that share no memory. They are written behind
+            the back of autograd and in one pass, which spares new memory; if the frame
+            is refused, what they hold is undefined. None makes new tensors, and only
+            after the whole frame was checked.
 
     Returns:
         ``{id: tensor}`` for the ids in the frame.
 
     Raises:
         FrameError: the frame is refused; ``reason`` is a slug of docs/wire_format.md.
-        PackError: ``round`` is out of range, or ``out`` lacks an id or does not fit.
+        PackError: ``round`` is out of range, or ``out`` lacks an id, does not fit, or
+            has tensors that share memory.
     """
     expected = {
         "fingerprint": manifest.fingerprint,
@@ -219,6 +226,7 @@ def unpack(
             )
             for id_, tensor in out.items()
         }
+        _refuse_overlap("out", out)
         ids, missing = _rle.decode_into(
             immutable(frame), manifest.rows, outputs=buffers, **expected
         )
@@ -279,15 +287,16 @@ def accumulate_all(
             rounded to float32.
         manifest: the receiver's own manifest.
         accumulator: ``{id: tensor}``, contiguous float32 CPU tensors of the manifest's
-            shapes, for at least the ids that are added.
+            shapes, for at least the ids that are added, that share no memory. Autograd
+            does not see the change.
         round: the round the frames must belong to.
         only: ids to add; others in the frames are checked and left out. None: all.
         allow_nonfinite: accept NaN and infinities.
 
     Raises:
         FrameError: a frame is refused.
-        PackError: an accumulator is missing or does not fit, or an argument is out of
-            range.
+        PackError: an accumulator is missing, does not fit, or shares memory with
+            another, or an argument is out of range.
     """
     pairs = []
     for frame, weight in frames:
@@ -302,6 +311,7 @@ def accumulate_all(
         for id_, tensor in accumulator.items()
         if id_ in wanted
     }
+    _refuse_overlap("accumulator", {id_: accumulator[id_] for id_ in buffers})
     missing = _rle.accumulate(
         pairs,
         manifest.rows,
@@ -375,6 +385,18 @@ def _source(
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     bits = flat.view(torch.int32 if dtype == torch.float32 else torch.int16)
     return id_, DTYPE_CODES[dtype], flat.numel(), bits.numpy()
+
+
+def _refuse_overlap(name: str, tensors: Mapping[int, Tensor]) -> None:
+    """Tensors that share memory would be written over each other."""
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, id_)
+        for id_, tensor in tensors.items()
+        if tensor.numel() > 0
+    )
+    for (_, end, id_), (begin, _, other) in itertools.pairwise(spans):
+        if begin < end:
+            raise PackError(f"{name} {id_} and {other} share memory; give each its own")
 
 
 def _buffer(

@@ -99,8 +99,10 @@ def top_k(update: Mapping[int, Tensor], keep: int) -> dict[int, Tensor]:
         ValueError: ``keep`` is out of range.
         TypeError: a tensor is not float32.
     """
+    if keep < 0:
+        raise ValueError(f"keep is {keep}, it must be from 0 to the number of values")
     ids = sorted(update)
-    kept = {id_: torch.empty(update[id_].shape) for id_ in ids}
+    kept = {id_: torch.empty(update[id_].shape, dtype=torch.float32) for id_ in ids}
     _rle.keep_largest(
         [_bits(update[id_]) for id_ in ids], keep, [_bits(kept[id_]) for id_ in ids]
     )
