@@ -22,8 +22,8 @@ struct Verdict {
 // - accumulate onto +0.0 and -0.0 gives the sums that the decoded tensor gives, and changes
 //   as many elements as the frame says are stored;
 // - the decoded tensors, packed raw to an odd address, are accepted and decode to the same
-//   bits; packed with a
-//   lossy codec, they are accepted or the writer throws invalid_argument.
+//   bits; packed with a lossy codec, they are accepted or the writer throws
+//   invalid_argument.
 Verdict check(const Input& input);
 
 }  // namespace rle::fuzz
