@@ -4,21 +4,26 @@
 
 namespace rle {
 
+namespace {
+
+// Values are checked, hashed and moved in pieces that stay in the first cache.
+constexpr u32 kPiece = 1024;
+static_assert(kPiece <= 1u << kMinBlockLog2, "a block is a whole number of pieces");
+
+}  // namespace
+
 struct Workspace {
   Scratch scratch;
-  float floats[kMaxBlock];
-  alignas(64) u8 bits[4 * kMaxBlock + 64];
+  float floats[kMaxBlock];  // of a block
+  alignas(64) u8 bits[4 * kPiece];
 };
+static_assert(sizeof(Workspace) <= 700'000, "what rle.h and docs/wire_format.md promise");
 
 std::shared_ptr<Workspace> make_workspace() {
   return std::shared_ptr<Workspace>(new Workspace);  // not zeroed: pages cost only when used
 }
 
 namespace {
-
-// Values are checked, hashed and moved in pieces that stay in the first cache.
-constexpr u32 kPiece = 1024;
-static_assert(kPiece <= 1u << kMinBlockLog2, "a block is a whole number of pieces");
 
 // Up to this share of set elements, places are quicker to add to than masks.
 constexpr u32 kSparseShare = 16;

@@ -137,7 +137,7 @@ enum class BodyHash { now, later };
 Frame parse(const u8* bytes, u64 length, const Expectation* expected,
             BodyHash body_hash = BodyHash::now);
 
-// Working memory of one thread, some 0.8 MB whatever the frame.
+// Working memory of one thread, some 0.7 MB whatever the frame.
 struct Workspace;
 std::shared_ptr<Workspace> make_workspace();
 
