@@ -57,7 +57,7 @@ KEPT = NUMEL // 100
 
 @dataclass
 class Found:
-    """What was measured in this session."""
+    """What was measured in this run of pytest."""
 
     rows: dict[str | None, dict[str, Row]] = field(default_factory=dict)
     """By code path and case."""
