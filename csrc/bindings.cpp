@@ -248,7 +248,7 @@ py::tuple decode_into(const py::bytes& bytes, const py::list& manifest, u64 fing
   if (missing.empty()) {
     const auto work = rle::make_workspace();
     const Unlocked unlocked;
-    rle::check_and_decode(data, size, expected, allow_nonfinite, pointers, *work);
+    rle::check_and_decode(frame, allow_nonfinite, pointers, *work);
   }
   return py::make_tuple(ids, missing);
 }
@@ -314,51 +314,53 @@ py::dict squared_norms(const py::bytes& bytes, const py::list& manifest, u64 fin
   return norms;
 }
 
-// The magnitude bits of the k-th largest value of all float32 bit buffers together.
-u32 kth_magnitude(const py::list& sources, u64 k) {
+// Float32 bit buffers for a selection among all their values together.
+struct Pieces {
   std::vector<py::buffer_info> pins;
   std::vector<rle::Piece> pieces;
   u64 total = 0;
-  for (const py::handle& source : sources) {
-    const u64 numel = static_cast<u64>(py::len(source));
-    pins.push_back(pinned(source, numel, 4, false));
-    expect_format(pins.back(), 'i');
-    pieces.push_back({static_cast<const u32*>(pins.back().ptr), numel});
-    total += numel;
+};
+
+Pieces pinned_pieces(const py::list& buffers, bool writable) {
+  Pieces found;
+  for (const py::handle& buffer : buffers) {
+    const u64 numel = static_cast<u64>(py::len(buffer));
+    found.pins.push_back(pinned(buffer, numel, 4, writable));
+    expect_format(found.pins.back(), 'i');
+    found.pieces.push_back({static_cast<const u32*>(found.pins.back().ptr), numel});
+    found.total += numel;
   }
-  if (k < 1 || k > total || total > 0xFFFFFFFFu)
+  return found;
+}
+
+// The magnitude bits of the k-th largest value of all float32 bit buffers together.
+u32 kth_magnitude(const py::list& sources, u64 k) {
+  const Pieces from = pinned_pieces(sources, false);
+  if (k < 1 || k > from.total || from.total > 0xFFFFFFFFu)
     throw py::value_error("there is no value number " + std::to_string(k) + " among " +
-                          std::to_string(total));
+                          std::to_string(from.total));
   const Unlocked unlocked;
-  return rle::kth_magnitude(pieces, k).bits;
+  return rle::kth_magnitude(from.pieces, k).bits;
 }
 
 // Zeroes all but the `keep` largest magnitudes of all float32 bit buffers together, ties
 // by order: each of `sources` into the one of `outputs` at its place.
 void keep_largest(const py::list& sources, u64 keep, const py::list& outputs) {
-  std::vector<py::buffer_info> pins;
-  std::vector<rle::Piece> pieces;
-  std::vector<u32*> out;
-  u64 total = 0;
-  if (sources.size() != outputs.size()) throw py::value_error("one output for each source");
-  for (std::size_t i = 0; i < sources.size(); ++i) {
-    const u64 numel = static_cast<u64>(py::len(sources[i]));
-    pins.push_back(pinned(sources[i], numel, 4, false));
-    expect_format(pins.back(), 'i');
-    pieces.push_back({static_cast<const u32*>(pins.back().ptr), numel});
-    pins.push_back(pinned(outputs[i], numel, 4, true));
-    expect_format(pins.back(), 'i');
-    out.push_back(static_cast<u32*>(pins.back().ptr));
-    total += numel;
-  }
-  if (keep > total || total > 0xFFFFFFFFu)
+  const Pieces from = pinned_pieces(sources, false);
+  Pieces to = pinned_pieces(outputs, true);
+  bool match = from.pieces.size() == to.pieces.size();
+  for (std::size_t i = 0; match && i < from.pieces.size(); ++i)
+    match = from.pieces[i].count == to.pieces[i].count;
+  if (!match) throw py::value_error("one output of its length for each source");
+  if (keep > from.total || from.total > 0xFFFFFFFFu)
     throw py::value_error("cannot keep " + std::to_string(keep) + " of " +
-                          std::to_string(total) + " values");
+                          std::to_string(from.total) + " values");
   const Unlocked unlocked;
   rle::Threshold threshold{0xFFFFFFFFu, 0};
-  if (keep > 0) threshold = rle::kth_magnitude(pieces, keep);
-  for (std::size_t i = 0; i < pieces.size(); ++i)
-    rle::keep_largest(pieces[i], threshold.bits, threshold.ties, out[i]);
+  if (keep > 0) threshold = rle::kth_magnitude(from.pieces, keep);
+  for (std::size_t i = 0; i < from.pieces.size(); ++i)
+    rle::keep_largest(from.pieces[i], threshold.bits, threshold.ties,
+                      static_cast<u32*>(to.pins[i].ptr));
 }
 
 // (minor, flags, fingerprint, round, [(id, dtype, codec, block_log2, quant_log2, numel,

@@ -86,6 +86,12 @@ inline u64 pieces(u64 count, int log2) {
   return (count >> log2) + ((count & ((u64{1} << log2) - 1)) != 0);
 }
 
+// Elements of a tensor's block; the last one may be shorter.
+inline u32 block_elements(u64 numel, u64 block, int block_log2) {
+  const u64 left = numel - (block << block_log2);
+  return static_cast<u32>(left >> block_log2 ? u64{1} << block_log2 : left);
+}
+
 inline u64 value_plane_bytes(u64 stored, Codec codec, Dtype dtype) {
   const u64 bits = value_bits(codec, dtype);
   return bits == 4 ? pieces(stored, 1) : stored * (bits / 8);

@@ -25,6 +25,12 @@ struct BlockIndex {
   u32 index_bytes;
 };
 
+// Values are checked, coded, hashed and moved in pieces that stay in the first cache.
+constexpr u32 kPiece = 1024;
+static_assert(kPiece <= 1u << kMinBlockLog2, "a block is a whole number of pieces");
+// Larger outputs pass by the caches.
+constexpr u64 kStreamBytes = u64{4} << 20;
+
 constexpr u32 kMaskWords = kMaxBlock / 64;
 constexpr u32 kMaxIndexBytes = kMaxBlock / 8;
 constexpr u32 kIndexSlack = 32;  // bytes a writer may store behind a stream

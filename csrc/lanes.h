@@ -46,6 +46,14 @@ inline __m128i shuffle_of(__m128i lanes) {
 
 // --- masks of 64 elements ---
 
+#if RLE_LEVEL == 0
+template <class Bits>
+u64 mask_of_64(const Bits* elements) {
+  u64 mask = 0;
+  for (int i = 0; i < 64; ++i) mask |= u64{elements[i] != 0} << i;
+  return mask;
+}
+#else
 inline u64 mask_of_64(const u32* elements) {
 #if RLE_LEVEL == 2
   u64 mask = 0;
@@ -71,10 +79,6 @@ inline u64 mask_of_64(const u32* elements) {
     clear |= u64{static_cast<u32>(_mm256_movemask_epi8(sorted))} << (32 * half);
   }
   return ~clear;
-#else
-  u64 mask = 0;
-  for (int i = 0; i < 64; ++i) mask |= u64{elements[i] != 0} << i;
-  return mask;
 #endif
 }
 
@@ -100,12 +104,10 @@ inline u64 mask_of_64(const u16* elements) {
     clear |= u64{static_cast<u32>(_mm256_movemask_epi8(bytes))} << (32 * half);
   }
   return ~clear;
-#else
-  u64 mask = 0;
-  for (int i = 0; i < 64; ++i) mask |= u64{elements[i] != 0} << i;
-  return mask;
 #endif
 }
+
+#endif
 
 // --- places of set bits ---
 
@@ -159,6 +161,16 @@ inline u32 places_of(const u64* masks, u32 words, u16* out) {
 // --- elements -> packed values ---
 
 // Appends the elements of a group of 64 that have a bit set.
+#if RLE_LEVEL == 0
+template <class Bits>
+Bits* gather_64(const Bits* elements, Bits* out) {
+  for (int i = 0; i < 64; ++i) {
+    *out = elements[i];
+    out += elements[i] != 0;
+  }
+  return out;
+}
+#else
 inline u32* gather_64(const u32* elements, u32* out) {
 #if RLE_LEVEL == 2
   for (int i = 0; i < 4; ++i) {
@@ -178,11 +190,6 @@ inline u32* gather_64(const u32* elements, u32* out) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
                         _mm256_permutevar8x32_epi32(v, places));
     out += popcount(byte);
-  }
-#else
-  for (int i = 0; i < 64; ++i) {
-    *out = elements[i];
-    out += elements[i] != 0;
   }
 #endif
   return out;
@@ -206,14 +213,11 @@ inline u16* gather_64(const u16* elements, u16* out) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(v, shuffle_of(places)));
     out += popcount(byte);
   }
-#else
-  for (int i = 0; i < 64; ++i) {
-    *out = elements[i];
-    out += elements[i] != 0;
-  }
 #endif
   return out;
 }
+
+#endif
 
 // --- packed values -> elements ---
 
@@ -234,6 +238,14 @@ inline void put_lanes(u8* out, __m256i lanes, bool stream) {
 #endif
 
 // Writes 64 elements; reads up to 64 bytes of `values` more than it uses.
+#if RLE_LEVEL == 0
+template <class Bits>
+const Bits* expand_64(u64 mask, const Bits* values, bool, Bits* out) {
+  std::memset(out, 0, 64 * sizeof *out);
+  for (; mask != 0; mask &= mask - 1) out[lowest(mask)] = *values++;
+  return values;
+}
+#else
 inline const u32* expand_64(u64 mask, const u32* values, bool stream, u32* out) {
 #if RLE_LEVEL == 2
   for (int i = 0; i < 4; ++i) {
@@ -252,10 +264,6 @@ inline const u32* expand_64(u64 mask, const u32* values, bool stream, u32* out) 
               _mm256_andnot_si256(_mm256_srai_epi32(ranks, 31), v), stream);
     values += popcount(byte);
   }
-#else
-  (void)stream;
-  std::memset(out, 0, 64 * sizeof *out);
-  for (; mask != 0; mask &= mask - 1) out[lowest(mask)] = *values++;
 #endif
   return values;
 }
@@ -281,13 +289,11 @@ inline const u16* expand_64(u64 mask, const u16* values, bool stream, u16* out) 
     put_lanes(reinterpret_cast<u8*>(out + 8 * i), _mm256_set_m128i(halves[1], halves[0]),
               stream);
   }
-#else
-  (void)stream;
-  std::memset(out, 0, 64 * sizeof *out);
-  for (; mask != 0; mask &= mask - 1) out[lowest(mask)] = *values++;
 #endif
   return values;
 }
+
+#endif
 
 // Adds weight * value to the elements under the mask and leaves the others as they are.
 inline const float* add_64(u64 mask, const float* values, float weight, float* out) {

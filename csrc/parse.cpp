@@ -242,23 +242,25 @@ BlockIndex Frame::descriptor(const Entry& entry, u64 nth_present, u64 block) con
           u32{load<u16>(at + 2)} + 1,  load<u16>(at + 4)};
 }
 
+void compare_body_hash(const Frame& frame) {
+  const u64 begin = frame.bodies();
+  const u64 end = frame.bodies_end();
+  if (xxh3(frame.bytes + begin, end - begin) != load<u64>(frame.bytes + end))
+    refuse("body_hash", "the bodies do not match their hash; send the frame again");
+}
+
 Frame parse(const u8* bytes, u64 length, const Expectation* expected, BodyHash body_hash) {
   Frame frame{};
   frame.bytes = bytes;
   frame.length = length;
   check_header(bytes, length, expected, frame);
   read_directory(bytes, expected, frame);
-  const auto compare_bodies = [&] {
-    const u64 end = frame.bodies_end();
-    if (xxh3(bytes + frame.bodies(), end - frame.bodies()) != load<u64>(bytes + end))
-      refuse("body_hash", "the bodies do not match their hash; send the frame again");
-  };
-  if (body_hash == BodyHash::now) compare_bodies();
+  if (body_hash == BodyHash::now) compare_body_hash(frame);
   try {
     for (Entry& entry : frame.entries) check_layout(frame, entry);
   } catch (const Refused&) {
     // A damaged body is named as such, whatever layout the damage makes of it.
-    if (body_hash == BodyHash::later) compare_bodies();
+    if (body_hash == BodyHash::later) compare_body_hash(frame);
     throw;
   }
   return frame;

@@ -4,14 +4,6 @@
 
 namespace rle {
 
-namespace {
-
-// Values are checked, hashed and moved in pieces that stay in the first cache.
-constexpr u32 kPiece = 1024;
-static_assert(kPiece <= 1u << kMinBlockLog2, "a block is a whole number of pieces");
-
-}  // namespace
-
 struct Workspace {
   Scratch scratch;
   float floats[kMaxBlock];  // of a block
@@ -27,9 +19,6 @@ namespace {
 
 // Up to this share of set elements, places are quicker to add to than masks.
 constexpr u32 kSparseShare = 16;
-
-// Larger outputs pass by the caches.
-constexpr u64 kStreamBytes = u64{4} << 20;
 
 bool aligned(const void* at) { return (reinterpret_cast<std::uintptr_t>(at) & 63) == 0; }
 
@@ -190,10 +179,9 @@ void decode_entry(const Frame& frame, const Entry& entry, void* out, Workspace& 
   output.finish();
 }
 
-void decode_while_checking(const u8* bytes, u64 length, const Expectation& expected,
-                           bool allow_nonfinite, const std::vector<void*>& outputs,
-                           Workspace& work) {
-  const Frame frame = parse(bytes, length, &expected, BodyHash::later);
+// False if the hash of the bodies is another.
+bool decode_while_checking(const Frame& frame, bool allow_nonfinite,
+                           const std::vector<void*>& outputs, Workspace& work) {
   HashState hash;
   isa().hash_reset(hash);
   for (std::size_t i = 0; i < frame.entries.size(); ++i) {
@@ -201,7 +189,7 @@ void decode_while_checking(const u8* bytes, u64 length, const Expectation& expec
     const ValuePlane plane = frame.plane(entry);
     const bool raw = plane.codec == Codec::raw;
     const u64 hashed = raw ? entry.values - entry.body_begin : entry.body_bytes;
-    isa().hash_update(hash, bytes + entry.body_begin, hashed);
+    isa().hash_update(hash, frame.bytes + entry.body_begin, hashed);
     if (!raw) check_lossy(plane, allow_nonfinite);
     RawCheck check(allow_nonfinite);
     decode_entry(
@@ -215,8 +203,7 @@ void decode_while_checking(const u8* bytes, u64 length, const Expectation& expec
           check = RawCheck(allow_nonfinite);
         });
   }
-  if (isa().hash_digest(hash) != load<u64>(bytes + frame.bodies_end()))
-    throw Refused("body_hash", "the bodies do not match their hash; send the frame again");
+  return isa().hash_digest(hash) == load<u64>(frame.bytes + frame.bodies_end());
 }
 
 }  // namespace
@@ -240,15 +227,14 @@ void decode(const Frame& frame, const Entry& entry, void* out, Workspace& work) 
   decode_entry(frame, entry, out, work, [](const u8*, u32) {}, [](bool) {});
 }
 
-void check_and_decode(const u8* bytes, u64 length, const Expectation& expected,
-                      bool allow_nonfinite, const std::vector<void*>& outputs,
-                      Workspace& work) {
+void check_and_decode(const Frame& frame, bool allow_nonfinite,
+                      const std::vector<void*>& outputs, Workspace& work) {
   try {
-    decode_while_checking(bytes, length, expected, allow_nonfinite, outputs, work);
+    if (!decode_while_checking(frame, allow_nonfinite, outputs, work)) compare_body_hash(frame);
   } catch (const Refused&) {
     // Which fault is named depends on the order of the checks; the documented order is
     // that of the separate steps.
-    const Frame frame = parse(bytes, length, &expected);
+    compare_body_hash(frame);
     for (const Entry& entry : frame.entries) validate(frame, entry, allow_nonfinite, work);
     throw;
   }

@@ -103,10 +103,7 @@ struct Entry {
   std::size_t manifest_row;  // only with an Expectation
 
   u64 blocks() const { return pieces(numel, block_log2); }
-  u32 block_elements(u64 block) const {
-    const u64 left = numel - (block << block_log2);
-    return static_cast<u32>(left >> block_log2 ? u64{1} << block_log2 : left);
-  }
+  u32 block_elements(u64 block) const { return rle::block_elements(numel, block, block_log2); }
 };
 
 struct Frame {
@@ -137,6 +134,9 @@ enum class BodyHash { now, later };
 Frame parse(const u8* bytes, u64 length, const Expectation* expected,
             BodyHash body_hash = BodyHash::now);
 
+// Throws Refused if the bodies do not match their hash.
+void compare_body_hash(const Frame& frame);
+
 // Working memory of one thread, some 0.7 MB whatever the frame.
 struct Workspace;
 std::shared_ptr<Workspace> make_workspace();
@@ -147,11 +147,11 @@ void validate(const Frame& frame, const Entry& entry, bool allow_nonfinite, Work
 // Writes entry.numel elements of the source dtype. Cannot fail after validate.
 void decode(const Frame& frame, const Entry& entry, void* out, Workspace& work);
 
-// Checks and decodes in one pass over the frame, one output for each of its entries.
-// Throws Refused like parse and validate; the outputs are then undefined.
-void check_and_decode(const u8* bytes, u64 length, const Expectation& expected,
-                      bool allow_nonfinite, const std::vector<void*>& outputs,
-                      Workspace& work);
+// Checks and decodes a frame that was parsed with BodyHash::later, in one pass over it, one
+// output for each of its entries. Throws Refused as compare_body_hash and then validate
+// would; the outputs are then undefined.
+void check_and_decode(const Frame& frame, bool allow_nonfinite,
+                      const std::vector<void*>& outputs, Workspace& work);
 
 struct Addend {
   const Frame* frame;

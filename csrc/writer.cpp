@@ -7,15 +7,10 @@ namespace rle {
 
 namespace {
 
-// Elements are gathered, coded and hashed in pieces that stay in the first cache.
-constexpr u32 kPiece = 1024;
 constexpr u32 kOverrun = 64;  // bytes that `gather` may write too many
 // Values of blocks up to this share of set elements are kept when the index is planned:
 // that costs less than reading the block a second time.
 constexpr u32 kKeptShare = 32;
-
-// Larger value planes pass by the caches.
-constexpr u64 kStreamBytes = u64{4} << 20;
 
 // A codec of the source's own width stores its bits as they are.
 Codec effective_codec(Codec codec, Dtype dtype) {
@@ -25,11 +20,6 @@ Codec effective_codec(Codec codec, Dtype dtype) {
 }
 
 u64 padding_to_values(u64 offset) { return (0 - offset) & (kValueAlignment - 1); }
-
-u32 elements_of(const SourceTensor& tensor, u64 block, int block_log2) {
-  const u64 left = tensor.numel - (block << block_log2);
-  return static_cast<u32>(std::min<u64>(left, u64{1} << block_log2));
-}
 
 const u8* address(const SourceTensor& tensor, u64 element) {
   return static_cast<const u8*>(tensor.data) + dtype_bytes(tensor.dtype) * element;
@@ -237,7 +227,7 @@ FrameWriter::Body FrameWriter::plan(const SourceTensor& tensor, Scratch& scratch
   body.index.reserve(pieces(tensor.numel, 3));
   body.kept.reserve(tensor.numel / kKeptShare * width);
   for (u64 b = 0; b < blocks; ++b) {
-    const u32 elements = elements_of(tensor, b, options_.block_log2);
+    const u32 elements = block_elements(tensor.numel, b, options_.block_log2);
     const u8* block = address(tensor, b << options_.block_log2);
     const u32 set = isa().masks(block, width, elements, scratch.masks);
     if (set == 0) continue;
@@ -257,8 +247,8 @@ FrameWriter::Body FrameWriter::plan(const SourceTensor& tensor, Scratch& scratch
 }
 
 bool FrameWriter::keeps_values(const BlockIndex& block) const {
-  return block.mode != Mode::dense && !has_long_spans(block) && block.stored <= block.elements / kKeptShare &&
-         !options_.stochastic;
+  return block.mode != Mode::dense && !has_long_spans(block) &&
+         block.stored <= block.elements / kKeptShare && !options_.stochastic;
 }
 
 void FrameWriter::write(u8* out) const {
@@ -350,33 +340,32 @@ void FrameWriter::write_values(const SourceTensor& tensor, const Body& body, u8*
     lossy->push(stored);
   };
   const u8* kept = body.kept.data();
-  u64 index = 0;
+  const u8* stream = body.index.data();
   u64 masks[kMaskWords];
-  auto block = body.blocks.begin();
+  auto next = body.blocks.begin();
   const u64 blocks = pieces(tensor.numel, options_.block_log2);
   for (u64 b = 0; b < blocks; ++b) {
     if (!(body.presence[b >> 3] >> (b & 7) & 1)) continue;
-    if (has_long_spans(*block) && !stochastic) {
-      write_spans(*block, body.index.data() + index, address(tensor, b << options_.block_log2),
-                  width, masks, packed, put);
-      index += block->index_bytes;
-      ++block;
+    const BlockIndex& block = *next++;
+    const u64 base = b << options_.block_log2;
+    stream += block.index_bytes;
+    if (has_long_spans(block) && !stochastic) {
+      write_spans(block, stream - block.index_bytes, address(tensor, base), width, masks, packed,
+                  put);
       continue;
     }
-    index += block->index_bytes;
-    if (keeps_values(*block)) {
-      for (u32 done = 0; done < block->stored; done += kPiece) {
-        const u32 stored = std::min(kPiece, block->stored - done);
+    if (keeps_values(block)) {
+      for (u32 done = 0; done < block.stored; done += kPiece) {
+        const u32 stored = std::min(kPiece, block.stored - done);
         put(kept, stored);
         kept += stored * width;
       }
-      ++block;
       continue;
     }
-    const bool dense = block->mode == Mode::dense;
-    for (u32 begin = 0; begin < block->elements; begin += kPiece) {
-      const u32 count = std::min(kPiece, block->elements - begin);
-      const u64 element = (b << options_.block_log2) + begin;
+    const bool dense = block.mode == Mode::dense;
+    for (u32 begin = 0; begin < block.elements; begin += kPiece) {
+      const u32 count = std::min(kPiece, block.elements - begin);
+      const u64 element = base + begin;
       const u8* piece = address(tensor, element);
       if (raw && !dense) {
         u8* room = sink.room(count * width, packed);
@@ -387,7 +376,6 @@ void FrameWriter::write_values(const SourceTensor& tensor, const Body& body, u8*
       if (stochastic) list_elements(piece, width, count, element, dense, lossy->elements());
       put(dense ? piece : packed, stored);
     }
-    ++block;
   }
   if (!raw) lossy->finish();
   sink.finish();

@@ -136,8 +136,7 @@ void check_one_pass(const ExactBytes& bytes, const Input& input,
         parse(bytes.data(), bytes.size(), &input.expected, BodyHash::later);
     for (const Entry& entry : frame.entries) tensors.emplace_back(tensor_bytes(entry), u8{0x5A});
     for (ExactBytes& tensor : tensors) outputs.push_back(tensor.data());
-    check_and_decode(bytes.data(), bytes.size(), input.expected, input.allow_nonfinite,
-                           outputs, workspace());
+    check_and_decode(frame, input.allow_nonfinite, outputs, workspace());
   } catch (const Refused& refused) {
     require(!checked, "one pass accepts what the steps accept");
     return require(std::strcmp(refused.reason, reason) == 0,

@@ -383,8 +383,12 @@ def _source(
             f"manifest says {shape} and {dtype}"
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    bits = flat.view(torch.int32 if dtype == torch.float32 else torch.int16)
-    return id_, DTYPE_CODES[dtype], flat.numel(), bits.numpy()
+    return id_, DTYPE_CODES[dtype], flat.numel(), _bits(flat)
+
+
+def _bits(flat: Tensor) -> object:
+    """The buffer of a tensor's bits; not every dtype has one of its values."""
+    return flat.view(torch.int32 if flat.itemsize == 4 else torch.int16).numpy()
 
 
 def _refuse_overlap(name: str, tensors: Mapping[int, Tensor]) -> None:
@@ -418,4 +422,4 @@ def _buffer(
     flat = tensor.detach().view(-1)
     if name == "accumulator":
         return flat.numpy()
-    return flat.view(torch.int32 if dtype == torch.float32 else torch.int16).numpy()
+    return _bits(flat)
