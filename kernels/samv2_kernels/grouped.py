@@ -12,6 +12,7 @@ from samv2_kernels import cpu, reference
 from samv2_kernels.checks import check_experts
 from samv2_kernels.dispatch import sort_visits
 from samv2_kernels.expert_mlp import expert_mlp
+from samv2_kernels.gradients import wants_gradient
 from samv2_kernels.reference.walk import Visits, Walk
 from samv2_kernels.weights import (
     Blocks,
@@ -109,7 +110,7 @@ def trained(weights: Blocks, surrogates: Surrogates | None) -> bool:
     frozen = [] if surrogates is None else [surrogates.out_EQD]
     if isinstance(weights, ExpertWeights):
         frozen += [weights.gate_EFD, weights.up_EFD, weights.down_EFD]
-    return torch.is_grad_enabled() and any(part.requires_grad for part in frozen)
+    return wants_gradient(*frozen)
 
 
 def _one_pass(
@@ -215,7 +216,6 @@ def _run(
     rank = rank_terms(x_TD, adapters)
     order = sort_visits(ids_TK, weights.num_experts)
     parts = (combine_TK, *rank, stand_ins[0], stand_ins[2], x_TD)
-    wanted = any(part is not None and part.requires_grad for part in parts)
     y_TD, low_down_TR, _, _ = expert_mlp(
         x_TD,
         combine_TK,
@@ -226,7 +226,7 @@ def _run(
         weights.base_E,
         *rank,
         *stand_ins,
-        torch.is_grad_enabled() and wanted,
+        wants_gradient(*parts),
     )
     return add_down(x_TD, adapters, y_TD, low_down_TR)
 

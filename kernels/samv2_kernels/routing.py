@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samv2_kernels.gradients import wants_gradient
 from samv2_kernels.reference.sweep import sweep_backward
 from samv2_kernels.reference.walk import (
     Visits,
@@ -304,8 +305,7 @@ def _find(
         fill,
         order,
     )
-    learnt = edge_mask_MEE.requires_grad
-    if torch.is_grad_enabled() and (learnt or _requires_grad(chosen_TE)):
+    if wants_gradient(edge_mask_MEE, chosen_TE):
         q_TE = (chosen if chosen_TE is None else chosen_TE).to(scores_TE.dtype)
         reached_TE = _reached(
             q_TE, edge_mask_MEE, mask_index_T, shared_E, visited_TE, swept_TE
@@ -320,10 +320,6 @@ def _all_enter(edge_mask_MEE: Tensor) -> bool:
     where the answer is free."""
     if edge_mask_MEE.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() and edge_mask_MEE.requires_grad:
+    if wants_gradient(edge_mask_MEE):
         return False
     return bool(hard(edge_mask_MEE.diagonal(dim1=1, dim2=2)).all())
-
-
-def _requires_grad(value: Tensor | None) -> bool:
-    return value is not None and value.requires_grad

@@ -24,6 +24,7 @@ from samv2_kernels.cpu.batches import Batch
 from samv2_kernels.cpu.blocks import Blocks, blocks_of
 from samv2_kernels.cpu.passes import Task, backward, forward, visited_batches
 from samv2_kernels.cpu.terms import rank_of, stand_ins_of
+from samv2_kernels.gradients import wants_gradient
 
 
 def is_plain_eager(x_TD: Tensor) -> bool:
@@ -65,9 +66,7 @@ def direct_experts(
     """
     low_TQ, out_EQD, reached_TE = stand_ins
     given = (x_TD, combine_TE, *rank, low_TQ, reached_TE)
-    save = torch.is_grad_enabled() and any(
-        part is not None and part.requires_grad for part in given
-    )
+    save = wants_gradient(*given)
     return _Experts.apply(
         *given, out_EQD, visited_TE, ffn_width, base_E, unit, save, *weights
     )

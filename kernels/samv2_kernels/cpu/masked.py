@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from samv2_kernels.gradients import wants_gradient
+
 SMALL_WEIGHTS = 2**20
 """M D of layers whose weights stay in the cache, so that few rows may pass at a time."""
 ROWS = 512
@@ -61,9 +63,7 @@ def masked_experts(
         (T, D) y in x's dtype; and (T, R) l, or (T, 0).
     """
     given = (x_TD, combine_TE, *rank)
-    save = torch.is_grad_enabled() and any(
-        part is not None and part.requires_grad for part in given
-    )
+    save = wants_gradient(*given)
     return _Masked.apply(*given, visited_TE, unit, save, *weights)
 
 
