@@ -56,6 +56,10 @@ def check_experts(
         _expect(faults, "shared_gate_RD", adapters.shared_gate_RD, (rank, width))
         _expect(faults, "shared_up_RD", adapters.shared_up_RD, (rank, width))
         _expect(faults, "shared_down_DR", adapters.shared_down_DR, (width, rank))
+        if adapters.share_TG is not None:
+            shares = (len(x_TD), adapters.siblings)
+            _expect(faults, "share_TG", adapters.share_TG, shares)
+        rank *= adapters.siblings
         _expect(faults, "gate_EFR", adapters.gate_EFR, (experts, ffn_width, rank))
         _expect(faults, "up_EFR", adapters.up_EFR, (experts, ffn_width, rank))
         _expect(faults, "down_ERF", adapters.down_ERF, (experts, rank, ffn_width))

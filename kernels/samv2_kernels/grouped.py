@@ -237,14 +237,8 @@ def rank_terms(
     """What the op is told of adapters."""
     if adapters is None:
         return (None,) * 5
-    dtype, scale = x_TD.dtype, adapters.scale
-    return (
-        x_TD @ adapters.shared_gate_RD.to(dtype).T * scale,
-        x_TD @ adapters.shared_up_RD.to(dtype).T * scale,
-        adapters.gate_EFR.to(dtype),
-        adapters.up_EFR.to(dtype),
-        adapters.down_ERF.to(dtype),
-    )
+    rows = (adapters.gate_EFR, adapters.up_EFR, adapters.down_ERF)
+    return (*adapters.low_inputs(x_TD), *(part.to(x_TD.dtype) for part in rows))
 
 
 def add_down(
@@ -256,8 +250,7 @@ def add_down(
     """y with the adapters' part of the down projection."""
     if adapters is None:
         return y_TD
-    low_TR = low_down_TR.to(x_TD.dtype) * adapters.scale
-    return y_TD.add_(low_TR @ adapters.shared_down_DR.to(x_TD.dtype).T)
+    return y_TD.add_(adapters.down(low_down_TR, x_TD.dtype))
 
 
 def _of_visits(values_TE: Tensor, ids_TK: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """What the experts of one layer compute with: base blocks, adapters, surrogates.
 
-Shapes: D model width, E experts, B stored base blocks, F rows an expert, R adapter rank,
-Q surrogate rank.
+Shapes: T tokens, D model width, E experts, B stored base blocks, F rows an expert, R
+adapter rank, G siblings, P = G R, Q surrogate rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -177,7 +177,12 @@ Blocks = ExpertWeights | Nf4Weights | WordWeights | DecodingWeights
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertAdapters:
-    """Row-LoRA: frozen factors common to all experts, trainable rows per expert."""
+    """Row-LoRA: frozen factors common to all experts, trainable rows per expert.
+
+    An expert may have G *siblings*: sets of rows over the one base block, of which each
+    token takes the mixture ``share_TG``. The rows of sibling g are columns g R to
+    (g + 1) R of P = G R; what follows is P wide where it is said to be R.
+    """
 
     shared_gate_RD: Tensor
     """A_g."""
@@ -186,13 +191,55 @@ class ExpertAdapters:
     shared_down_DR: Tensor
     """B_d."""
     gate_EFR: Tensor
-    """B_g, trainable."""
+    """B_g, trainable; (E, F, P)."""
     up_EFR: Tensor
-    """B_u, trainable."""
+    """B_u, trainable; (E, F, P)."""
     down_ERF: Tensor
-    """A_d, trainable."""
+    """A_d, trainable; (E, P, F)."""
     scale: float
     """s."""
+    share_TG: Tensor | None = None
+    """(T, G) weights of the siblings; None: there is one, and it counts fully."""
+
+    @property
+    def siblings(self) -> int:
+        """G."""
+        return 1 if self.share_TG is None else self.share_TG.shape[1]
+
+    def for_rows(self, token_N: Tensor) -> ExpertAdapters:
+        """The same for rows that are tokens ``token_N``, (N,) int64."""
+        if self.share_TG is None:
+            return self
+        return replace(self, share_TG=self.share_TG[token_N])
+
+    def low_inputs(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """s A_g x and s A_u x, each sibling's by its share: (T, P) in x's dtype."""
+        factors = (self.shared_gate_RD, self.shared_up_RD)
+        gate_TP, up_TP = (self._spread(x_TD, factor_RD) for factor_RD in factors)
+        return gate_TP, up_TP
+
+    def down(self, low_down_TP: Tensor, dtype: torch.dtype) -> Tensor:
+        """s B_d l, of l = sum over experts of A_d h: the siblings' by their shares.
+
+        Args:
+            low_down_TP: (T, P) l.
+            dtype: of the product and the result.
+
+        Returns:
+            (T, D), what adapters add to the down projection.
+        """
+        low_TR = low_down_TP.to(dtype) * self.scale
+        if self.share_TG is not None:
+            low_TGR = low_TR.unflatten(1, (self.siblings, -1))
+            low_TR = (low_TGR * self.share_TG.to(dtype).unsqueeze(2)).sum(1)
+        return low_TR @ self.shared_down_DR.to(dtype).T
+
+    def _spread(self, x_TD: Tensor, factor_RD: Tensor) -> Tensor:
+        low_TR = x_TD @ factor_RD.to(x_TD.dtype).T * self.scale
+        if self.share_TG is None:
+            return low_TR
+        share_TG1 = self.share_TG.to(x_TD.dtype).unsqueeze(2)
+        return (share_TG1 * low_TR.unsqueeze(1)).flatten(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ CODECS = ("raw", "bf16", "f16", "int8", "nf4", "int4")
 NORMALISE = ("contributors", "all")
 DTYPES = ("float32", "bfloat16")
 QUANTISATIONS = ("none", "nf4")
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,8 @@ class AdapterSettings:
     """R."""
     scale: float = 2.0
     """s, multiplies every adapter term."""
+    siblings: int = 1
+    """G, sets of adapter rows an expert has, each for one kind of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +140,9 @@ class TrainSettings:
     sequence_length: int = 256
     """Tokens a window."""
     learning_rate: float = 2e-3
-    """AdamW's, constant."""
+    """AdamW's, in the first round."""
+    schedule: str = "constant"
+    """Of the learning rate over the rounds: ``constant``, or ``cosine`` to a tenth."""
     clip_norm: float = 1.0
     """Gradient norm clip."""
     train_gate: bool = True
@@ -282,6 +287,7 @@ def _model_faults(settings: Settings) -> Iterator[str]:
             "number"
         )
     yield from _below("adapter.rank", settings.adapter.rank, 1)
+    yield from _below("adapter.siblings", settings.adapter.siblings, 1)
     yield from _below("assembler.width", settings.assembler.width, 0)
     yield from _below("assembler.prefix_tokens", settings.assembler.prefix_tokens, 1)
     for name in ("temperature_start", "temperature_end"):
@@ -314,6 +320,7 @@ def _train_faults(settings: Settings) -> Iterator[str]:
             f"train.sequence_length is {train.sequence_length}; it must exceed "
             f"assembler.prefix_tokens = {prefix}, or the assembler never makes a mask"
         )
+    yield from _unknown("train.schedule", train.schedule, SCHEDULES)
     for name in ("learning_rate", "clip_norm"):
         if getattr(train, name) <= 0:
             yield f"train.{name} is {getattr(train, name)}; use a positive number"

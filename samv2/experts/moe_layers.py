@@ -12,7 +12,7 @@ graph); on a converted SwiGLU model it scales every expert down and takes perple
 tens to millions, even at K = E. It is here for models trained that way.
 
 Shapes: B sequences, S positions, T = B S tokens, D model width, E experts, F rows an
-expert, R adapter rank, K visits a token, M masks.
+expert, R adapter rank, G siblings, K visits a token, M masks.
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ class WalkOptions:
     """Complete smaller sets best-first."""
     recorder: Recorder | None = None
     """Sees every walk; used for usage counts and traces."""
+    siblings: tuple[int, ...] | None = None
+    """Adapter siblings that take part; None: all."""
+    share_BSG: Tensor | None = None
+    """(B, S, G) the siblings' shares, of those that take part; None: they count alike.
+    :class:`ExpertModel` fills it in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +117,7 @@ class ExpertGraphMLP(FrozenBlocks):
             edges gate reachability and carry no data.
         assembler: makes masks from a prefix's context, or None.
         prefix_tokens: how many leading positions form the context.
+        siblings: G, sets of adapter rows that an expert has.
         visits: by K, how many visits this layer makes where that is not K itself: under
             one budget, layers that need more visits take them from others.
     """
@@ -132,11 +138,12 @@ class ExpertGraphMLP(FrozenBlocks):
         chains: bool = False,
         assembler: MaskMaker | None = None,
         prefix_tokens: int = 32,
+        siblings: int = 1,
         visits: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__(weights, surrogates)
         num_experts, width, _ = self.shape
-        rank = factors.gate_RD.shape[0]
+        columns = factors.gate_RD.shape[0] * siblings
         if combine not in COMBINES:
             raise ModelError(f"experts.combine is {combine!r}; use one of {COMBINES}")
         check_visits(experts_per_token, num_shared, num_experts)
@@ -148,6 +155,7 @@ class ExpertGraphMLP(FrozenBlocks):
         self.prefix_tokens = prefix_tokens
         self.assembler = assembler
         self.scale = factors.scale
+        self.siblings = siblings
 
         self.visits = dict(visits or {})
         for visited in self.visits.values():
@@ -165,31 +173,78 @@ class ExpertGraphMLP(FrozenBlocks):
         self.gate_bias_E = nn.Parameter(gate.bias_E.float().clone())
         self.mix_E = nn.Parameter(torch.zeros(num_experts))
         self.edge_strength_EE = nn.Parameter(torch.zeros(num_experts, num_experts))
-        self.adapter_gate_EFR = nn.Parameter(torch.zeros(num_experts, width, rank))
-        self.adapter_up_EFR = nn.Parameter(torch.zeros(num_experts, width, rank))
-        self.adapter_down_ERF = nn.Parameter(torch.zeros(num_experts, rank, width))
+        # Sibling g has columns g R to (g + 1) R.
+        self.adapter_gate_EFR = nn.Parameter(torch.zeros(num_experts, width, columns))
+        self.adapter_up_EFR = nn.Parameter(torch.zeros(num_experts, width, columns))
+        self.adapter_down_ERF = nn.Parameter(torch.zeros(num_experts, columns, width))
+
+    @property
+    def rank(self) -> int:
+        """R, of one sibling."""
+        return self.factor_gate_RD.shape[0]
 
     @property
     def adapters(self) -> ExpertAdapters:
-        """The trainable rows with their frozen factors."""
+        """The trainable rows with their frozen factors, where there is one sibling."""
+        return self.mixed_adapters(None, None)
+
+    def mixed_adapters(
+        self, siblings: tuple[int, ...] | None, share_TG: Tensor | None
+    ) -> ExpertAdapters:
+        """The rows of some siblings, and their shares.
+
+        Args:
+            siblings: those that take part; None: all.
+            share_TG: (T, G) shares of those; None: there is one, or they count alike.
+        """
+        rows = (self.adapter_gate_EFR, self.adapter_up_EFR, self.adapter_down_ERF)
+        if siblings is not None and len(siblings) < self.siblings:
+            rows = self._of_siblings(siblings)
+        gate_EFR, up_EFR, down_ERF = rows
+        count = gate_EFR.shape[2] // self.rank
+        if share_TG is None and count > 1:
+            # Rows that count alike are one set: their mean.
+            gate_EFR, up_EFR = (
+                part.unflatten(2, (count, -1)).mean(2) for part in (gate_EFR, up_EFR)
+            )
+            down_ERF = down_ERF.unflatten(1, (count, -1)).mean(1)
         return ExpertAdapters(
             shared_gate_RD=self.factor_gate_RD,
             shared_up_RD=self.factor_up_RD,
             shared_down_DR=self.factor_down_DR,
-            gate_EFR=self.adapter_gate_EFR,
-            up_EFR=self.adapter_up_EFR,
-            down_ERF=self.adapter_down_ERF,
+            gate_EFR=gate_EFR,
+            up_EFR=up_EFR,
+            down_ERF=down_ERF,
             scale=self.scale,
+            share_TG=share_TG,
         )
 
-    @property
-    def applied_adapters(self) -> ExpertAdapters | None:
+    def sibling_columns(self, sibling: int) -> slice:
+        """Where a sibling's rows lie in the adapters' columns."""
+        return slice(sibling * self.rank, (sibling + 1) * self.rank)
+
+    def _of_siblings(self, siblings: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        columns = [self.sibling_columns(item) for item in siblings]
+        gate, up, down = (
+            self.adapter_gate_EFR,
+            self.adapter_up_EFR,
+            self.adapter_down_ERF,
+        )
+        return (
+            torch.cat([gate[:, :, part] for part in columns], dim=2),
+            torch.cat([up[:, :, part] for part in columns], dim=2),
+            torch.cat([down[:, part] for part in columns], dim=1),
+        )
+
+    def _applied_adapters(self, options: WalkOptions) -> ExpertAdapters | None:
         """The adapters, or None where they add nothing and nobody asks for gradients."""
         rows = (self.adapter_gate_EFR, self.adapter_up_EFR, self.adapter_down_ERF)
         learning = torch.is_grad_enabled() and any(part.requires_grad for part in rows)
-        if learning or any(bool(part.any()) for part in rows):
-            return self.adapters
-        return None
+        if not learning and not any(bool(part.any()) for part in rows):
+            return None
+        share = options.share_BSG
+        share_TG = None if share is None else share.flatten(0, 1)
+        return self.mixed_adapters(options.siblings, share_TG)
 
     def add_repair(self, k: int, repair: Repair) -> None:
         """See :meth:`FrozenBlocks.add_repair`.
@@ -232,7 +287,13 @@ class ExpertGraphMLP(FrozenBlocks):
         walked = self._walk(scores_TE, state, batch, length, own, options)
         if options.recorder is not None and isinstance(walked, Walk):
             options.recorder(self.layer, walked)
-        y_TD = self._experts(x_TD, walked, self._weigh(scores_TE, walked), k)
+        y_TD = self._experts(
+            x_TD,
+            walked,
+            self._weigh(scores_TE, walked),
+            k,
+            self._applied_adapters(options),
+        )
         return y_TD.view(batch, length, model_width), state
 
     def visits_at(self, k: int) -> int:
@@ -357,7 +418,12 @@ class ExpertGraphMLP(FrozenBlocks):
         return walked.reached_TE * (1 + self.mix_E * share_TE)
 
     def _experts(
-        self, x_TD: Tensor, walked: Visits, combine_TE: Tensor, k: int
+        self,
+        x_TD: Tensor,
+        walked: Visits,
+        combine_TE: Tensor,
+        k: int,
+        adapters: ExpertAdapters | None,
     ) -> Tensor:
         repaired = k in self.repaired
         stand_ins = not repaired and self.combine == "unit"
@@ -370,7 +436,7 @@ class ExpertGraphMLP(FrozenBlocks):
                 combine_TE,
                 self.blocks(k, x_TD.dtype),
                 experts_per_token=visits,
-                adapters=self.applied_adapters,
+                adapters=adapters,
                 surrogates=surrogates,
                 edge_strength_EE=self.edge_strength_EE if self.chains else None,
             )
@@ -381,7 +447,7 @@ class ExpertGraphMLP(FrozenBlocks):
                     walked.reached_TE,
                     combine_TE,
                     weights,
-                    adapters=self.applied_adapters,
+                    adapters=adapters,
                     surrogates=surrogates,
                 )
         return y_TD + self.stand_in(x_TD, k) if repaired else y_TD

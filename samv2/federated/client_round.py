@@ -6,8 +6,9 @@ receive -> apply graph and parameters -> train -> update -> select -> pack -> re
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from samv2.common.callbacks import TrainerCallback
 from samv2.common.errors import FederationError, GraphError
 from samv2.common.settings import Settings
-from samv2.data.shards import load_client
+from samv2.data.shards import ClientShard, load_client
+from samv2.data.tokens import windows
 from samv2.experts.graph import Edit, ExpertGraph, apply_edits
 from samv2.federated.client_state import (
     ClientState,
@@ -26,13 +28,17 @@ from samv2.federated.client_state import (
 from samv2.federated.heldout import heldout_windows, score_domains
 from samv2.federated.local_step import LocalResult, local_step
 from samv2.federated.usage import pack_usage
-from samv2.models.adapters import assembler_id
+from samv2.models.adapters import assembler_id, layers_of_blocks
 from samv2.models.expert_model import ExpertModel
 from samv2.models.perplexity import Score
 from samv2.models.save import load_expert_model
 from samv2.updates.packing import Manifest, pack, unpack
 from samv2.updates.sparsify import next_residual, select_blocks, with_residual
 
+KNOWN_WINDOWS = 64
+"""Of a client's text, to tell which siblings serve it."""
+LAST_SHARE = 0.1
+"""Of the learning rate that a cosine schedule tends to."""
 _NOT_A_GRAPH = (
     ValueError,
     KeyError,
@@ -137,12 +143,15 @@ def train_round(
     graph = update_graph(state.graph, request.graph)
     received = _load_round(runtime, request, graph)
     shard = load_client(runtime.shards, client)
+    rate = learning_rate(settings, request.round)
     result = local_step(
         runtime.model,
         shard.train,
-        settings.train,
+        replace(settings.train, learning_rate=rate),
         seed=round_seed(settings.seed, request.round, client),
         temperature=request.temperature,
+        siblings=own_siblings(runtime, shard),
+        count_usage=settings.edits.rho_max > 0,
         callbacks=callbacks,
     )
     trained = runtime.model.read_blocks()
@@ -251,6 +260,24 @@ def edits_from_json(text: str) -> tuple[Edit, ...]:
     return edits
 
 
+def own_siblings(runtime: ClientRuntime, shard: ClientShard) -> tuple[int, ...] | None:
+    """The adapter siblings that serve a client's text; None where there is one."""
+    if runtime.model.sibling_gate is None:
+        return None
+    length = runtime.settings.train.sequence_length
+    tokens_NS = windows(shard.train, length, KNOWN_WINDOWS)
+    return runtime.model.active_siblings(tokens_NS)
+
+
+def learning_rate(settings: Settings, round: int) -> float:
+    """The optimiser's learning rate in one round, from 1."""
+    start, rounds = settings.train.learning_rate, settings.federation.rounds
+    if settings.train.schedule == "constant":
+        return start
+    turn = math.cos(math.pi * (round - 1) / rounds)
+    return start * (LAST_SHARE + (1 - LAST_SHARE) * (1 + turn) / 2)
+
+
 def round_seed(seed: int, round: int, client: int) -> int:
     """A seed for one client's round, below 2^63; the same run repeats it."""
     return ((seed * 1_000_003 + round) * 1_000_003 + client * 2) % 2**63
@@ -286,7 +313,7 @@ def _pack_update(
         codec=federation.codec,
         update_budget_bytes=federation.update_budget_bytes,
         send_experts=federation.send_experts,
-        experts_per_layer=layers[0].num_experts,
+        layer_of=layers_of_blocks(layers),
         always=[assembler_id(layers)],
     )
     if not chosen:

@@ -131,6 +131,25 @@ def reply_from_record(record: RecordDict) -> TrainReply:
         ) from None
 
 
+def counts_to_record(frame: bytes) -> ArrayRecord:
+    """A client's token counts as a Flower record."""
+    return ArrayRecord({"counts": _array(frame, FRAME_STYPE)})
+
+
+def counts_from_record(record: RecordDict) -> bytes:
+    """Read an untrusted frame of token counts.
+
+    Raises:
+        FrameError: ``reply_shape`` where it is missing or of another kind.
+    """
+    try:
+        return _bytes(record["counts"]["counts"], FRAME_STYPE)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FrameError(
+            "reply_shape", f"the token counts are not of the agreed shape ({error})"
+        ) from None
+
+
 def message_to(
     grid: Grid, node: int, content: RecordDict, message_type: str, group: str
 ) -> Message:

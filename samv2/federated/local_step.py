@@ -51,6 +51,8 @@ def local_step(
     *,
     seed: int,
     temperature: float,
+    siblings: tuple[int, ...] | None = None,
+    count_usage: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> LocalResult:
     """Train the model's trainable parameters in place on one client's text.
@@ -62,10 +64,12 @@ def local_step(
         seed: of the batches and of the assembler's noise; derive it from run, round and
             client, so that a round can be repeated.
         temperature: of the assembler's soft mask.
+        siblings: adapter siblings that take part and are trained; None: all.
+        count_usage: whether walks are recorded, which costs time.
         callbacks: see every step; any of them may end the training early.
 
     Returns:
-        Losses, counts of walked edges and sizes. The optimiser is fresh each round.
+        Losses, counts of walked edges (zero where they are not counted) and sizes. The optimiser is fresh each round.
 
     Raises:
         FederationError: the loss became infinite or not a number.
@@ -80,7 +84,12 @@ def local_step(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=0.0
     )
-    options = WalkOptions(temperature=temperature, generator=noise, recorder=usage)
+    options = WalkOptions(
+        temperature=temperature,
+        generator=noise,
+        recorder=usage if count_usage else None,
+        siblings=siblings,
+    )
     watchers.on_train_begin(settings.local_steps)
     with _training_mode(model):
         for step in range(1, settings.local_steps + 1):

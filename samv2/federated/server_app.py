@@ -132,7 +132,8 @@ def federate(
 
         def on_start(scores: dict[str, Score]) -> None:
             facts["start"] = perplexities(scores)
-            checkpoint(state)
+            facts["gate_bytes"] = strategy.gate_bytes
+            checkpoint(strategy.state)
             table.start(facts["start"])
 
         def on_round(current: ServerState, report: RoundReport) -> None:

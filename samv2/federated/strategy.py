@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,6 +34,7 @@ from samv2.federated.client_round import (
     pack_graph,
 )
 from samv2.federated.grid import (
+    counts_from_record,
     message_to,
     reply_from_record,
     request_to_record,
@@ -45,6 +47,7 @@ from samv2.federated.server_merge import (
     broadcast_frame,
     server_merge,
 )
+from samv2.federated.siblings import fit_siblings, unpack_counts
 from samv2.federated.validate import LARGEST_LOSS, validate_reply
 from samv2.models.perplexity import Score
 from samv2.updates.packing import Manifest
@@ -133,6 +136,8 @@ class SamStrategy(Strategy):
         self._current = _Round()
         self._merge: MergeReport | None = None
         self._scores: dict[str, Score] = {}
+        self.gate_bytes = 0
+        """The largest frame of token counts of this start, bytes."""
 
     def summary(self) -> None:
         """Nothing: the run's own table says what happens."""
@@ -159,7 +164,9 @@ class SamStrategy(Strategy):
         """
         rounds = num_rounds or self.settings.federation.rounds
         wait = timeout or self.settings.federation.round_timeout
-        self.enrol(grid)
+        counts = self.enrol(grid)
+        if self._gate_is_open():
+            self._fit_siblings(counts)
         if self._on_start is not None:
             self._on_start(self._evaluate(grid, self.state.round, wait))
         while self.state.round < rounds:
@@ -198,8 +205,11 @@ class SamStrategy(Strategy):
         messages = self.configure_train(current, ArrayRecord(), ConfigRecord(), grid)
         return grid.send_and_receive(messages, timeout=timeout)
 
-    def enrol(self, grid: Grid) -> None:
+    def enrol(self, grid: Grid) -> dict[int, bytes]:
         """Wait for the run's clients and learn which node is which client.
+
+        Returns:
+            {client: frame of token counts}, of those that sent one.
 
         Raises:
             FederationError: too few nodes, or two nodes claim the same client.
@@ -219,6 +229,7 @@ class SamStrategy(Strategy):
             for node in nodes
         ]
         clients: dict[int, int] = {}
+        counts: dict[int, bytes] = {}
         failures: list[str] = []
         for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
             client = _client_of(reply)
@@ -230,6 +241,9 @@ class SamStrategy(Strategy):
                     f"two nodes hold client {client}; give each its own partition-id"
                 )
             clients[reply.metadata.src_node_id] = client
+            if self.settings.adapter.siblings > 1:
+                with suppress(FrameError):  # named when the gate is fitted
+                    counts[client] = counts_from_record(reply.content)
         missing = sorted(set(range(wanted)) - set(clients.values()))
         if missing:
             raise FederationError(
@@ -237,6 +251,34 @@ class SamStrategy(Strategy):
                 "check that each node has its own partition-id and its shard"
             )
         self._clients = {n: c for n, c in sorted(clients.items()) if 0 <= c < wanted}
+        return {client: counts[client] for client in range(wanted) if client in counts}
+
+    def _gate_is_open(self) -> bool:
+        """Whether there are siblings, and nobody has said yet what each is for."""
+        siblings = self.settings.adapter.siblings
+        return siblings > 1 and not bool(
+            self.state.blocks[max(self.manifest.ids)].any()
+        )
+
+    def _fit_siblings(self, frames: dict[int, bytes]) -> None:
+        counts = {}
+        for client in self._clients.values():
+            try:
+                counts[client] = unpack_counts(frames.get(client, b""))
+            except FrameError as error:
+                log.warning(
+                    "client %d: its token counts are refused: %s", client, error
+                )
+        if not counts:
+            raise FederationError(
+                "no client has sent token counts, which tell the siblings' kinds of text "
+                "apart; mend the clients, or set adapter.siblings to 1"
+            )
+        siblings = self.settings.adapter.siblings
+        gate_block = max(self.manifest.ids)
+        self.state, members = fit_siblings(self.state, counts, siblings, gate_block)
+        self.gate_bytes = max(len(frames[client]) for client in counts)
+        log.info("siblings by client: %s", members)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

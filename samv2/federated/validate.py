@@ -45,7 +45,7 @@ def validate_reply(
     Raises:
         FrameError: the reason; one of the frame format's, or ``budget`` (update larger
             than allowed), ``examples``, ``tokens``, ``train_loss``, ``graph_version``,
-            ``usage_range``, ``empty_update``, ``update_range``.
+            ``usage_range``, ``empty_update``, ``fixed_block``, ``update_range``.
     """
     current = state.round + 1
     budget = settings.federation.update_budget_bytes
@@ -82,6 +82,8 @@ def validate_reply(
     update = unpack(reply.update, manifest, round=current)
     if not update:
         raise FrameError("empty_update", "the update carries no expert")
+    if settings.adapter.siblings > 1 and max(manifest.ids) in update:
+        raise FrameError("fixed_block", "the update changes the gate, which is fixed")
     largest = max(float(block.abs().max()) for block in update.values())
     if largest > LARGEST_VALUE:
         raise FrameError(

@@ -12,6 +12,11 @@ One expert's trainable numbers form one *block*, a flat float32 vector:
      edge strengths into e (E)]
 
 Its expert id is ``layer * E + e``; the assembler is one more block, id ``L * E``.
+
+With G > 1 *siblings*, an expert has G sets of adapter rows, each for one kind of text.
+The block above holds those of sibling 0. Sibling g has a block of rows alone, id
+``L E + 1 + (g - 1) L E + layer E + e``, and the gate that tells kinds of text apart
+(:mod:`samv2.experts.sibling_gate`) is the last block, id ``G L E + 1``.
 """
 
 from __future__ import annotations
@@ -57,12 +62,17 @@ def make_factors(
     )
 
 
-def expert_parts(layer: ExpertGraphMLP, expert: int) -> list[Tensor]:
+def expert_parts(layer: ExpertGraphMLP, expert: int, sibling: int = 0) -> list[Tensor]:
     """Views of one expert's trainable numbers, in the block's order."""
-    return [
-        layer.adapter_gate_EFR[expert],
-        layer.adapter_up_EFR[expert],
-        layer.adapter_down_ERF[expert],
+    columns = layer.sibling_columns(sibling)
+    rows = [
+        layer.adapter_gate_EFR[expert, :, columns],
+        layer.adapter_up_EFR[expert, :, columns],
+        layer.adapter_down_ERF[expert, columns],
+    ]
+    if sibling:
+        return rows
+    return rows + [
         layer.gate_weight_ED[expert],
         layer.gate_bias_E[expert],
         layer.mix_E[expert],
@@ -70,33 +80,52 @@ def expert_parts(layer: ExpertGraphMLP, expert: int) -> list[Tensor]:
     ]
 
 
-def read_blocks(
-    layers: Sequence[ExpertGraphMLP], assembler: nn.Module | None
-) -> dict[int, Tensor]:
-    """All trainable blocks of a model.
+def block_parts(
+    layers: Sequence[ExpertGraphMLP],
+    assembler: nn.Module | None,
+    gate: nn.Module | None = None,
+) -> dict[int, list[Tensor]]:
+    """Views of the numbers of every block of a model, by id.
 
     Args:
         layers: the converted layers in order.
-        assembler: its parameters become the last block; None for none.
+        assembler: its parameters are one block; None for none.
+        gate: the siblings' gate, another; None where there is one sibling.
+    """
+    num_experts, experts = layers[0].num_experts, assembler_id(layers)
+    parts: dict[int, list[Tensor]] = {}
+    for sibling in range(layers[0].siblings):
+        start = sibling * experts + (sibling > 0)
+        for index, layer in enumerate(layers):
+            for expert in range(num_experts):
+                expert_id = start + index * num_experts + expert
+                parts[expert_id] = expert_parts(layer, expert, sibling)
+    if assembler is not None:
+        parts[assembler_id(layers)] = list(assembler.parameters())
+    if gate is not None:
+        parts[gate_id(layers)] = list(gate.parameters())
+    return parts
+
+
+def read_blocks(
+    layers: Sequence[ExpertGraphMLP],
+    assembler: nn.Module | None,
+    gate: nn.Module | None = None,
+) -> dict[int, Tensor]:
+    """All trainable blocks of a model; arguments as of :func:`block_parts`.
 
     Returns:
         {expert_id: (n,) float32}, detached copies on the CPU.
     """
-    blocks: dict[int, Tensor] = {}
-    for index, layer in enumerate(layers):
-        for expert in range(layer.num_experts):
-            blocks[index * layer.num_experts + expert] = _flatten(
-                expert_parts(layer, expert)
-            )
-    if assembler is not None:
-        blocks[assembler_id(layers)] = _flatten(list(assembler.parameters()))
-    return blocks
+    parts = block_parts(layers, assembler, gate)
+    return {expert_id: _flatten(views) for expert_id, views in parts.items()}
 
 
 def write_blocks(
     layers: Sequence[ExpertGraphMLP],
     assembler: nn.Module | None,
     blocks: Mapping[int, Tensor],
+    gate: nn.Module | None = None,
 ) -> None:
     """Copy blocks into a model's parameters, in place; absent ids keep their values.
 
@@ -104,19 +133,15 @@ def write_blocks(
         ModelError: an id that the model does not have, or a block of another size;
             nothing was written.
     """
-    num_experts = layers[0].num_experts
+    known = block_parts(layers, assembler, gate)
     chosen: list[tuple[list[Tensor], Tensor]] = []
     for expert_id, block in blocks.items():
-        index, expert = divmod(expert_id, num_experts)
-        if assembler is not None and expert_id == assembler_id(layers):
-            parts = list(assembler.parameters())
-        elif 0 <= index < len(layers):
-            parts = expert_parts(layers[index], expert)
-        else:
+        if expert_id not in known:
             raise ModelError(
                 f"block {expert_id} is not one of the model's {len(layers)} layers of "
-                f"{num_experts} experts"
+                f"{layers[0].num_experts} experts with {layers[0].siblings} siblings"
             )
+        parts = known[expert_id]
         expected = sum(part.numel() for part in parts)
         if block.shape != (expected,):
             raise ModelError(
@@ -134,6 +159,22 @@ def write_blocks(
 def assembler_id(layers: Sequence[ExpertGraphMLP]) -> int:
     """The id of the assembler's block: one past the last expert's."""
     return len(layers) * layers[0].num_experts
+
+
+def gate_id(layers: Sequence[ExpertGraphMLP]) -> int:
+    """The id of the sibling gate's block, the last."""
+    return layers[0].siblings * assembler_id(layers) + 1
+
+
+def layers_of_blocks(layers: Sequence[ExpertGraphMLP]) -> dict[int, int]:
+    """The converted layer of every expert's block, siblings' included, by its id."""
+    experts, num_experts = assembler_id(layers), layers[0].num_experts
+    found = {}
+    for sibling in range(layers[0].siblings):
+        start = sibling * experts + (sibling > 0)
+        for index in range(experts):
+            found[start + index] = index // num_experts
+    return found
 
 
 def _flatten(parts: Sequence[Tensor]) -> Tensor:

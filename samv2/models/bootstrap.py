@@ -125,6 +125,7 @@ def initial_config(
         repair_rank=experts.repair_rank if repaired else 0,
         adapter_rank=settings.adapter.rank,
         adapter_scale=settings.adapter.scale,
+        siblings=settings.adapter.siblings,
         assembler_width=settings.assembler.width,
         prefix_tokens=settings.assembler.prefix_tokens,
         seed=settings.seed,

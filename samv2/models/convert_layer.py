@@ -164,6 +164,7 @@ def build_layer(
         combine=config.combine,
         chains=config.chains,
         prefix_tokens=config.prefix_tokens,
+        siblings=config.siblings,
         visits=visits,
     )
 

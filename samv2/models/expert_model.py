@@ -34,6 +34,7 @@ from samv2.experts.moe_layers import (
     check_visits,
     ffn_flops_fraction,
 )
+from samv2.experts.sibling_gate import SiblingGate
 from samv2.models.adapters import read_blocks, write_blocks
 from samv2.models.assembler import Assembler
 from samv2.models.logit_scale import fit_logit_scale, scaled
@@ -72,6 +73,9 @@ class ExpertModelConfig:
     """R."""
     adapter_scale: float = 2.0
     """s."""
+    siblings: int = 1
+    """G, sets of adapter rows that an expert has; see
+    :mod:`samv2.experts.sibling_gate`."""
     assembler_width: int = 16
     """Hidden width of the assembler; 0 means none."""
     prefix_tokens: int = 32
@@ -175,11 +179,15 @@ class ExpertModelConfig:
 
 
 class ExpertCache(DynamicCache):
-    """A key-value cache that also carries the assembler's context of each layer."""
+    """A key-value cache that also carries what sequences have shown so far.
+
+    That is the assembler's context of each layer, and the sibling gate's evidence.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.prefixes: dict[int, PrefixState] = {}
+        self.evidence_BG: Tensor | None = None
 
 
 class ExpertDecoderLayer(nn.Module):
@@ -265,6 +273,11 @@ class ExpertModel(nn.Module):
         self.llama = llama
         self.assembler = assembler
         self.expert_config = expert_config
+        self.sibling_gate: SiblingGate | None = None
+        if expert_config.siblings > 1:
+            self.sibling_gate = SiblingGate(expert_config.siblings)
+            # Every way to the decoder, generation too, passes here with its tokens.
+            llama.model.register_forward_pre_hook(self._share, with_kwargs=True)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ExpertModel:
@@ -401,11 +414,11 @@ class ExpertModel(nn.Module):
 
     def read_blocks(self) -> dict[int, Tensor]:
         """Trainable blocks {expert_id: flat float32}; see models.adapters."""
-        return read_blocks(self.expert_layers, self.assembler)
+        return read_blocks(self.expert_layers, self.assembler, self.sibling_gate)
 
     def write_blocks(self, blocks: dict[int, Tensor]) -> None:
         """Copy blocks into the parameters."""
-        write_blocks(self.expert_layers, self.assembler, blocks)
+        write_blocks(self.expert_layers, self.assembler, blocks, self.sibling_gate)
 
     def set_experts_per_token(self, k: int) -> None:
         """Change K of every converted layer.
@@ -442,6 +455,53 @@ class ExpertModel(nn.Module):
         config = self.expert_config
         k = config.experts_per_token if experts_per_token is None else experts_per_token
         return config.flops_fraction(self.config, k)
+
+    @torch.no_grad()
+    def active_siblings(self, tokens_BS: Tensor, least: float = 0.1) -> tuple[int, ...]:
+        """The siblings that text is served by.
+
+        Args:
+            tokens_BS: (B, S) int64, sequences of the text.
+            least: mean share from which a sibling counts.
+
+        Returns:
+            Their indices, rising; at least the one of the largest share.
+        """
+        if self.sibling_gate is None:
+            return (0,)
+        log_share_BSG, _ = self.sibling_gate(tokens_BS)
+        mean_G = log_share_BSG.softmax(dim=2).mean(dim=(0, 1))
+        chosen = (mean_G >= min(least, float(mean_G.max()))).nonzero()
+        return tuple(chosen.flatten().tolist())
+
+    def _share(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give the layers the siblings' shares at the tokens of this pass."""
+        options = kwargs.get("walk_options") or WalkOptions()
+        only = options.siblings
+        if options.share_BSG is not None or (only is not None and len(only) == 1):
+            return args, kwargs
+        tokens_BS = args[0] if args else kwargs.get("input_ids")
+        if tokens_BS is None:
+            raise ModelError(
+                "siblings are chosen by tokens: pass input_ids, not inputs_embeds"
+            )
+        cache = kwargs.get("cache")
+        kept = isinstance(cache, ExpertCache)
+        if not kept and cache is not None and cache.get_seq_length():
+            raise ModelError(
+                "this cache was filled without the sibling gate's evidence; pass "
+                "cache=ExpertCache(), or generate through ExpertModel.generate"
+            )
+        seen_BG = cache.evidence_BG if kept else None
+        log_share_BSG, evidence_BG = self.sibling_gate(tokens_BS, seen_BG)
+        if kept:
+            cache.evidence_BG = evidence_BG
+        if only is not None:
+            log_share_BSG = log_share_BSG[:, :, list(only)]
+        options = replace(options, share_BSG=log_share_BSG.softmax(dim=2))
+        return args, kwargs | {"walk_options": options}
 
     def _logit_scale(self, options: WalkOptions | None) -> float:
         k = self.expert_config.experts_per_token

@@ -34,6 +34,7 @@ from samv2.experts.frozen_blocks import DOWN, GATE, UP
 from samv2.experts.moe_layers import ExpertGraphMLP
 from samv2.experts.nf4 import packed_name
 from samv2.experts.repair import Repair, repair_name
+from samv2.experts.sibling_gate import SiblingGate
 from samv2.models.assembler import Assembler
 from samv2.models.bootstrap import make_assembler
 from samv2.models.convert_layer import layer_factors
@@ -105,6 +106,7 @@ def conversion_settings(folder: Path) -> dict[str, str | int | float | bool]:
         "experts.quantise": config.quantise,
         "adapter.rank": config.adapter_rank,
         "adapter.scale": config.adapter_scale,
+        "adapter.siblings": config.siblings,
         "assembler.width": config.assembler_width,
         "assembler.prefix_tokens": config.prefix_tokens,
     }
@@ -213,17 +215,27 @@ def _build(
         mlp = layer_from(weights, prefix, position, config)
         mlp.assembler = assembler
         decoder[index] = ExpertDecoderLayer(decoder[index], mlp)
-    plain = {k: v for k, v in weights.items() if not k.startswith("assembler.")}
+    own = ("assembler.", "sibling_gate.")
+    plain = {k: v for k, v in weights.items() if not k.startswith(own)}
     if assembler is not None:
-        assembler.load_state_dict(
-            {k.removeprefix("assembler."): weights[k] for k in weights.keys() - plain}
-        )
+        assembler.load_state_dict(_under(weights, "assembler."))
     missing, unexpected = llama.load_state_dict(plain, strict=False, assign=True)
     _check_keys(missing, unexpected, tied=hf_config.tie_word_embeddings)
     llama.tie_weights()
     model = ExpertModel(llama, assembler, config)
+    if model.sibling_gate is not None:
+        model.sibling_gate.load_state_dict(_under(weights, "sibling_gate."))
     model.freeze_base()
     return model.eval()
+
+
+def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """A part of the tensors, by their names behind the prefix."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefix)
+    }
 
 
 def _stored(weights: Mapping[str, Tensor], name: str) -> Tensor:
@@ -238,7 +250,7 @@ def _weights(model: ExpertModel) -> dict[str, Tensor]:
     kept = stored_tensors(model.llama)
     if model.config.tie_word_embeddings:
         kept.pop("lm_head.weight", None)
-    return kept | assembler_tensors(model.assembler)
+    return kept | other_tensors(model.assembler, model.sibling_gate)
 
 
 def stored_tensors(module: torch.nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -250,9 +262,12 @@ def stored_tensors(module: torch.nn.Module, prefix: str = "") -> dict[str, Tenso
     }
 
 
-def assembler_tensors(assembler: Assembler | None) -> dict[str, Tensor]:
-    """The assembler's tensors by the names they have on disk."""
-    return {} if assembler is None else stored_tensors(assembler, "assembler.")
+def other_tensors(
+    assembler: Assembler | None, gate: SiblingGate | None
+) -> dict[str, Tensor]:
+    """The assembler's and the sibling gate's tensors by the names they have on disk."""
+    kept = {} if assembler is None else stored_tensors(assembler, "assembler.")
+    return kept if gate is None else kept | stored_tensors(gate, "sibling_gate.")
 
 
 def layer_from(
@@ -308,6 +323,7 @@ def layer_from(
         combine=config.combine,
         chains=config.chains,
         prefix_tokens=config.prefix_tokens,
+        siblings=config.siblings,
         visits=config.layer_visits(position),
     )
     for k in config.repaired:

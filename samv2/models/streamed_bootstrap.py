@@ -46,7 +46,7 @@ from samv2.models.dense_layers import DenseLayers
 from samv2.models.expert_model import ExpertModelConfig
 from samv2.models.logit_scale import fit_logit_scale, split_calibration
 from samv2.models.perplexity import Score
-from samv2.models.save import assembler_tensors, stored_tensors, write_config
+from samv2.models.save import other_tensors, stored_tensors, write_config
 from samv2.models.stored_layers import OTHER, layer_file, write_tensors
 from samv2.models.streamed_scores import score_streams
 from samv2.models.text_stream import TextStream
@@ -158,7 +158,8 @@ def _convert(
     scores, dense_scores = _score(conversion, heldout, config)
     others = {name: source.tensor(name) for name in source.other_names()}
     assembler = make_assembler(source.config.hidden_size, config)
-    work.write_tensors(OTHER, others | assembler_tensors(assembler))
+    gate = SiblingGate(config.siblings) if config.siblings > 1 else None
+    work.write_tensors(OTHER, others | other_tensors(assembler, gate))
     return StreamedBootstrap(
         config=config,
         cluster_stats=tuple(one.stats for one in surveyed),

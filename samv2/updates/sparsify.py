@@ -45,7 +45,7 @@ def select_blocks(
     codec: str,
     update_budget_bytes: int,
     send_experts: int = 0,
-    experts_per_layer: int = 0,
+    layer_of: Mapping[int, int] | None = None,
     always: Iterable[int] = (),
 ) -> tuple[int, ...]:
     """Ids of the blocks to send.
@@ -55,13 +55,14 @@ def select_blocks(
         codec: value codec that the blocks will be packed with.
         update_budget_bytes: the packed frame will not exceed this.
         send_experts: most blocks a layer; 0 means no such limit.
-        experts_per_layer: E, needed where ``send_experts`` is set (layer = id // E).
-        always: ids that go first and are not counted against ``send_experts``.
+        layer_of: the layer of each id; those without one are not counted against
+            ``send_experts``.
+        always: ids that go first and are not counted either.
 
     Returns:
         Ids in rising order; blocks whose update is all zero are left out.
     """
-    first = set(always)
+    first, layers = set(always), layer_of or {}
     norms = {
         expert_id: float(block.double().norm()) for expert_id, block in update.items()
     }
@@ -70,12 +71,12 @@ def select_blocks(
         key=lambda expert_id: (expert_id not in first, -norms[expert_id], expert_id),
     )
     room = update_budget_bytes - FRAME_BYTES
-    sent_of_layer: Counter[int] = Counter()
+    sent_of_layer: Counter[int | None] = Counter()
     chosen = []
     for expert_id in ranked:
         size = packed_bound(update[expert_id].numel(), codec)
-        counted = send_experts > 0 and expert_id not in first
-        layer = expert_id // experts_per_layer if counted else 0
+        layer = None if expert_id in first else layers.get(expert_id)
+        counted = send_experts > 0 and layer is not None
         if size > room or (counted and sent_of_layer[layer] >= send_experts):
             continue
         room -= size

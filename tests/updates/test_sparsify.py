@@ -64,6 +64,9 @@ def test_bound_is_not_wasteful(codec: str) -> None:
     )
 
 
+LAYER_OF = {key: key // 4 for key in range(8)}
+
+
 def select(update: dict[int, Tensor], **options: object) -> tuple[int, ...]:
     """Selection with a budget that holds everything."""
     values: dict[str, object] = {"codec": "raw", "update_budget_bytes": 10**6}
@@ -94,9 +97,9 @@ def test_negative_zero_is_zero() -> None:
 
 def test_send_experts_limits_each_layer() -> None:
     update = {key: torch.full((4,), float(key + 1)) for key in range(9)}
-    chosen = select(update, send_experts=2, experts_per_layer=4)
+    chosen = select(update, send_experts=2, layer_of=LAYER_OF)
     assert chosen == (2, 3, 6, 7, 8)
-    chosen = select(update, send_experts=1, experts_per_layer=4, always=[8])
+    chosen = select(update, send_experts=1, layer_of=LAYER_OF, always=[8])
     assert chosen == (3, 7, 8)
 
 

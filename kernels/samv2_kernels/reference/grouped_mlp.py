@@ -83,7 +83,8 @@ def expert_rows(
         x_ND: (N, D) inputs, grouped.
         offsets: E + 1 exclusive row offsets.
         weights: base blocks in the dtype of ``x_ND``.
-        adapters: the rows, or None for the base experts alone.
+        adapters: the rows (shares are those of these N), or None for the base experts
+            alone.
 
     Returns:
         (N, D) outputs in the dtype of ``x_ND``.
@@ -91,8 +92,7 @@ def expert_rows(
     outputs: list[Tensor] = []
     if adapters is not None:
         dtype = x_ND.dtype
-        low_gate_NR = x_ND @ adapters.shared_gate_RD.to(dtype).T * adapters.scale
-        low_up_NR = x_ND @ adapters.shared_up_RD.to(dtype).T * adapters.scale
+        low_gate_NR, low_up_NR = adapters.low_inputs(x_ND)
         gate_EFR = adapters.gate_EFR.to(dtype)
         up_EFR = adapters.up_EFR.to(dtype)
         down_ERF = adapters.down_ERF.to(dtype)
@@ -115,8 +115,7 @@ def expert_rows(
         return x_ND.new_zeros(x_ND.shape)
     y_ND = torch.cat(outputs)
     if adapters is not None:
-        low_down_NR = torch.cat(lows) * adapters.scale
-        y_ND = y_ND + low_down_NR @ adapters.shared_down_DR.to(dtype).T
+        y_ND = y_ND + adapters.down(torch.cat(lows), dtype)
     return y_ND
 
 
@@ -215,7 +214,8 @@ def _one_pass(
     num_experts = combine_TE.shape[1]
     rows = rows_by_expert(walked, num_experts)
     offsets = rows.expert_offsets.tolist()
-    y_ND = expert_rows(x_TD[rows.token_N], offsets, weights, adapters)
+    own = adapters and adapters.for_rows(rows.token_N)
+    y_ND = expert_rows(x_TD[rows.token_N], offsets, weights, own)
     expert_N = walked.expert_ids_TK[rows.token_N, rows.slot_N]
     weight_N = combine_TE[rows.token_N, expert_N]
     dtype = _accumulator_dtype(x_TD)
@@ -247,9 +247,8 @@ def _by_depth(
             strength_N = edge_strength_EE[parent_N, expert_N].to(x_TD.dtype)
             carried_ND = visits_VD[rows.token_N * slots + parent_slot_N]
             input_ND = input_ND + strength_N.unsqueeze(1) * carried_ND
-        output_ND = expert_rows(
-            input_ND, rows.expert_offsets.tolist(), weights, adapters
-        )
+        own = adapters and adapters.for_rows(rows.token_N)
+        output_ND = expert_rows(input_ND, rows.expert_offsets.tolist(), weights, own)
         visits_VD = visits_VD.index_copy(
             0, rows.token_N * slots + rows.slot_N, output_ND
         )
@@ -291,18 +290,16 @@ def masked_dense_experts(
     gate_TM = x_TD @ weights.gate_EFD.flatten(0, 1).T
     up_TM = x_TD @ weights.up_EFD.flatten(0, 1).T
     if adapters is not None:
-        low_TR = x_TD @ adapters.shared_gate_RD.to(dtype).T * adapters.scale
-        gate_TM = gate_TM + low_TR @ adapters.gate_EFR.to(dtype).flatten(0, 1).T
-        low_TR = x_TD @ adapters.shared_up_RD.to(dtype).T * adapters.scale
-        up_TM = up_TM + low_TR @ adapters.up_EFR.to(dtype).flatten(0, 1).T
+        low_gate_TR, low_up_TR = adapters.low_inputs(x_TD)
+        gate_TM = gate_TM + low_gate_TR @ adapters.gate_EFR.to(dtype).flatten(0, 1).T
+        up_TM = up_TM + low_up_TR @ adapters.up_EFR.to(dtype).flatten(0, 1).T
     weight_TE = combine_TE * (reached_TE.detach() > 0.5)
     hidden_TEF = (F.silu(gate_TM) * up_TM).unflatten(1, (weight_TE.shape[1], -1))
     hidden_TM = (hidden_TEF * weight_TE.to(dtype).unsqueeze(2)).flatten(1)
     y_TD = hidden_TM @ weights.down_EFD.flatten(0, 1)
     if adapters is not None:
         down_MR = adapters.down_ERF.to(dtype).transpose(1, 2).flatten(0, 1)
-        low_TR = hidden_TM @ down_MR * adapters.scale
-        y_TD = y_TD + low_TR @ adapters.shared_down_DR.to(dtype).T
+        y_TD = y_TD + adapters.down(hidden_TM @ down_MR, dtype)
     if surrogates is not None:
         y_TD = y_TD + spread_surrogates(x_TD, reached_TE, surrogates)
     return y_TD
