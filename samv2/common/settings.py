@@ -175,8 +175,9 @@ class FederationSettings:
     """Value codec of updates: raw, bf16, f16, int8, nf4, int4."""
     keep_frames: bool = False
     """Keep every merged update as it came, in ``frames/``; read by `samv2 inspect`."""
-    error_feedback: float = 0.9
-    """Share of what was not sent that is kept for later rounds; 0 turns it off."""
+    error_feedback: float = 1.0
+    """Share of what was not sent that stays in the client's own model and is sent in
+    later rounds; 0 forgets it."""
     normalise: str = "contributors"
     """Divide an expert's sum by its ``contributors`` or by ``all`` valid replies."""
     max_examples: int = 1_000_000

@@ -1,13 +1,17 @@
 """The client's half of a round: request in, reply out; no framework.
 
 receive -> apply graph and parameters -> train -> update -> select -> pack -> reply
+
+A client trains from the server's parameters *plus what it has not sent yet* (error
+feedback in the model rather than in the update): its own model goes on as if everything
+were sent, and the server's follows as the budget allows.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,7 +37,7 @@ from samv2.models.expert_model import ExpertModel
 from samv2.models.perplexity import Score
 from samv2.models.save import load_expert_model
 from samv2.updates.packing import Manifest, pack, unpack
-from samv2.updates.sparsify import next_residual, select_blocks, with_residual
+from samv2.updates.sparsify import next_residual, select_blocks
 
 KNOWN_WINDOWS = 64
 """Of a client's text, to tell which siblings serve it."""
@@ -142,6 +146,7 @@ def train_round(
     state = load_client_state(folder, before_round=request.round)
     graph = update_graph(state.graph, request.graph)
     received = _load_round(runtime, request, graph)
+    runtime.model.write_blocks(_with_own(received, state.residual))
     shard = load_client(runtime.shards, client)
     rate = learning_rate(settings, request.round)
     result = local_step(
@@ -156,9 +161,7 @@ def train_round(
     )
     trained = runtime.model.read_blocks()
     update = {key: trained[key] - received[key] for key in trained}
-    frame, residual = _pack_update(
-        runtime, update, state.residual, request.round, client
-    )
+    frame, residual = _pack_update(runtime, update, request.round, client)
     save_client_state(
         folder, ClientState(residual=residual, graph=graph), round=request.round
     )
@@ -297,19 +300,28 @@ def _load_round(
     return received
 
 
+def _with_own(
+    received: Mapping[int, Tensor], residual: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """The server's blocks with what this client could not send yet."""
+    return {key: received[key] + value for key, value in residual.items()}
+
+
 def _pack_update(
     runtime: ClientRuntime,
     update: dict[int, Tensor],
-    residual: dict[int, Tensor],
     round: int,
     client: int,
 ) -> tuple[bytes, dict[int, Tensor]]:
-    """The frame to send and the residual to keep."""
+    """The frame to send and the residual to keep.
+
+    Args:
+        update: trained minus received, so it holds what earlier rounds did not send.
+    """
     federation = runtime.settings.federation
-    full = with_residual(update, residual)
     layers = runtime.model.expert_layers
     chosen = select_blocks(
-        full,
+        update,
         codec=federation.codec,
         update_budget_bytes=federation.update_budget_bytes,
         send_experts=federation.send_experts,
@@ -323,7 +335,7 @@ def _pack_update(
         )
     feedback = federation.error_feedback
     frame = pack(
-        {key: full[key] for key in chosen},
+        {key: update[key] for key in chosen},
         runtime.manifest,
         round=round,
         codec=federation.codec,
@@ -335,7 +347,7 @@ def _pack_update(
         error_feedback=feedback > 0,
     )
     decoded = unpack(frame, runtime.manifest, round=round)
-    return frame, next_residual(full, decoded, decay=feedback)
+    return frame, next_residual(update, decoded, decay=feedback)
 
 
 def _reply(

@@ -125,23 +125,13 @@ def _bits(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().view(-1).view(torch.int32).numpy()
 
 
-def with_residual(
-    update: Mapping[int, Tensor], residual: Mapping[int, Tensor]
-) -> dict[int, Tensor]:
-    """The update plus what earlier rounds kept back, block by block."""
-    return {
-        expert_id: block + residual[expert_id] if expert_id in residual else block
-        for expert_id, block in update.items()
-    }
-
-
 def next_residual(
     update: Mapping[int, Tensor], decoded: Mapping[int, Tensor], *, decay: float
 ) -> dict[int, Tensor]:
     """What is kept for later rounds.
 
     Args:
-        update: what should have arrived (residual included).
+        update: what should have arrived, with what earlier rounds kept.
         decoded: what the server will decode, of the blocks that were sent.
         decay: share that is kept; 0 keeps nothing.
 
