@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from samv2.report.graph_data import EdgeUse, GraphFacts, Trace, Visit, busiest_edges
+from samv2.report.merge_data import Edit
 from samv2.report.reading import Missing
-from samv2.report.run_data import Edit
 from samv2.report.words import layer_label, share
 
 STEPS, WIDE, MARGIN = (24.0, 56.0), 900.0, 40.0
@@ -288,7 +288,7 @@ def walk_in_words(visits: Sequence[Visit]) -> str:
 
 def _alt(label: str, edges: EdgeUse | None, index: int, order: Sequence[int]) -> str:
     if edges is None:
-        return f"The {len(order)} experts of {label}; how often edges were walked is not known."
+        return f"The {len(order)} experts of {label}; the use of edges is not known."
     busy = busiest_edges(edges.walked_LEE[index], 3)
     told = ", ".join(_step(order, src, dst) for src, dst in busy) or "none"
     walked = int((np.triu(edges.walked_LEE[index], k=1) > 0).sum())

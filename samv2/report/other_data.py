@@ -22,6 +22,8 @@ from samv2.report.reading import (
 RESULTS = ("perplexity", "bytes_up_per_client_round", "flops_fraction", "seconds")
 """Columns of ``ablation.csv`` that are measured; lower is better in each."""
 FIRST = ("name", "status")
+ERROR = "error"
+"""Column of what a run failed on; long, so it comes last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,8 @@ class Method:
     bytes_up: float
     """Of a client and round."""
     seconds: float
-    settings: Mapping[str, Any]
+    settings: Mapping[str, str]
+    """That it has alone."""
     rounds: tuple[MethodRound, ...]
 
 
@@ -55,7 +58,11 @@ class Method:
 class Comparison:
     """``federation.json``: methods under one protocol."""
 
-    protocol: Mapping[str, Any]
+    protocol: Mapping[str, str]
+    """What all methods had in common; settings by dotted keys."""
+    dense_perplexity: float | None
+    """Of the model before any training; None where it was not measured."""
+    dense_domains: Mapping[str, float | None]
     methods: tuple[Method, ...]
 
     @property
@@ -72,6 +79,17 @@ class Ablation:
     rows: tuple[tuple[str, ...], ...]
     factors: tuple[str, ...]
     """Columns of settings that have more than one value."""
+    same: Mapping[str, str]
+    """Other columns with one value in all rows."""
+
+    def named(self, row: tuple[str, ...]) -> list[tuple[str, str]]:
+        """A row's cells with their columns' names."""
+        return list(zip(self.columns, row))
+
+    def numeric(self, name: str) -> bool:
+        """Whether every filled cell of a column is a number."""
+        cells = [cell for cell in self.column(name) if cell]
+        return bool(cells) and all(csv_number(cell) is not None for cell in cells)
 
     def column(self, name: str) -> list[str]:
         """All cells of a column."""
@@ -115,17 +133,40 @@ def _comparison(value: Any) -> Comparison:
     methods = tuple(map(_method, value["methods"]))
     if not methods:
         raise ValueError("it holds no method")
-    return Comparison(protocol=dict(value["protocol"]), methods=methods)
+    protocol = dict(value["protocol"])
+    dense = protocol.pop("dense", None) or {}
+    return Comparison(
+        protocol=flattened(protocol),
+        dense_perplexity=maybe_number(dense.get("perplexity")),
+        dense_domains=numbers_by_name(dense.get("domains", {})),
+        methods=methods,
+    )
+
+
+def flattened(value: Mapping[str, Any]) -> dict[str, str]:
+    """Nested objects as one, with dotted keys and text as values."""
+    found: dict[str, str] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            inside = flattened(item)
+            found |= {
+                k if key == "settings" else f"{key}.{k}": inside[k] for k in inside
+            }
+        elif isinstance(item, list):
+            found[key] = ", ".join(map(str, item))
+        else:
+            found[key] = str(item)
+    return found
 
 
 def _method(value: Any) -> Method:
     return Method(
-        name=text(value["method"]),
+        name=text(value.get("title", value["method"])),
         perplexity=maybe_number(value["perplexity"]),
         domains=numbers_by_name(value["domains"]),
         bytes_up=number(value["bytes_up_per_client_round"]),
         seconds=number(value["seconds"]),
-        settings=dict(value.get("settings") or {}),
+        settings=flattened(value.get("settings") or {}),
         rounds=tuple(
             MethodRound(
                 round=whole(item["round"]),
@@ -152,13 +193,21 @@ def parse_ablation(content: str) -> Ablation:
     rows = tuple(tuple((row + [""] * width)[:width]) for row in lines[1:])
     if not rows:
         raise ValueError("it holds no row")
+    levels = {name: {row[index] for row in rows} for index, name in enumerate(columns)}
     settings = columns[: min(columns.index(n) for n in RESULTS if n in columns)]
-    factors = tuple(
-        name
-        for index, name in enumerate(settings)
-        if name not in FIRST and len({row[index] for row in rows}) > 1
+    order = sorted(range(width), key=lambda index: columns[index] == ERROR)
+    return Ablation(
+        columns=tuple(columns[index] for index in order),
+        rows=tuple(tuple(row[index] for index in order) for row in rows),
+        factors=tuple(
+            n for n in settings if n not in (*FIRST, ERROR) and len(levels[n]) > 1
+        ),
+        same={
+            name: next(iter(found))
+            for name, found in levels.items()
+            if len(rows) > 1 and len(found) == 1 and name not in (*FIRST, "perplexity")
+        },
     )
-    return Ablation(columns=columns, rows=rows, factors=factors)
 
 
 def csv_number(cell: str) -> float | None:

@@ -6,31 +6,24 @@ import math
 from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
+from samv2.report.axes import log_axis
 from samv2.report.other_data import (
-    Ablation,
     Comparison,
     FrontierPoint,
     Method,
     MethodRound,
-    csv_number,
 )
-from samv2.report.run_plots import log_axis
 from samv2.report.svg import (
     INK,
     MUTED,
-    SERIES,
     Chart,
     Tips,
     chart,
-    label_ends,
     series_style,
 )
 from samv2.report.words import duration, perplexity, share, size
-
-LONGEST_VALUE = 22
-"""Characters of a setting's value on an axis."""
 
 
 def frontier_chart(points: Sequence[FrontierPoint], *, name: str) -> Chart:
@@ -128,13 +121,25 @@ def _methods_against(
     logarithmic: bool = False,
 ) -> Chart:
     lines = {m.name: _line(m, value, logarithmic) for m in comparison.methods}
-    lines = {key: line for key, line in lines.items() if line}
+    silent = {
+        m.name: m.perplexity
+        for m in comparison.methods
+        if not lines[m.name] and m.rounds and m.perplexity
+    }
+    dense = comparison.dense_perplexity
 
     def draw(figure: Figure, tips: Tips) -> None:
         axes = figure.add_subplot()
-        ends = {}
+        if dense:
+            axes.axhline(dense, color=MUTED, linestyle=":", linewidth=1.4)
+            axes.plot([], [], color=MUTED, linestyle=":", label="dense model")
         for index, (key, line) in enumerate(lines.items()):
             style = series_style(index)
+            if key in silent:
+                axes.axhline(silent[key], color=style["color"], linewidth=1.2)
+                axes.plot([], [], color=style["color"], label=f"{key}, uploads nothing")
+            if not line:
+                continue
             axes.plot(
                 [at for at, _, _ in line],
                 [y for _, y, _ in line],
@@ -144,29 +149,29 @@ def _methods_against(
                 tip = f"{key}, round {number}: {perplexity(y)} after {show(at)}"
                 axes.plot([at], [y], **style, gid=tips(tip))
             axes.plot([], [], **style, label=key)
-            ends[key] = (line[-1][0], line[-1][1], style["color"])
-        log_axis(axes, "y", [y for line in lines.values() for _, y, _ in line])
+        every = [y for line in lines.values() for _, y, _ in line]
+        log_axis(axes, "y", [*every, *silent.values(), *([dense] if dense else [])])
         if logarithmic:
             log_axis(axes, "x", [at for line in lines.values() for at, _, _ in line])
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: size(v)))
             axes.tick_params(axis="x", labelsize=9)
         axes.set_xlabel(x)
         axes.set_ylabel("perplexity, geometric mean")
-        if len(lines) > 4:
-            label_ends(axes, ends, gap=0.06)
-        else:
-            figure.legend(loc="outside upper left", ncols=2)
+        figure.legend(loc="outside upper left", ncols=2)
 
     told = [
         f"{key} reaches {perplexity(line[-1][1])} after {show(line[-1][0])}"
         for key, line in lines.items()
+        if line
     ]
+    rows = math.ceil((len(lines) + bool(dense)) / 2)
     return chart(
         draw,
         name=name,
         title=title,
         alt=f"{title}: {'; '.join(told) or 'no rounds are recorded'}.",
         note="A mark a round; further left and further down is better.",
+        inches=(5.2, 3.1 + 0.2 * rows),
     )
 
 
@@ -178,71 +183,3 @@ def _line(
         for item in method.rounds
         if item.perplexity is not None and (value(item) > 0 or not positive)
     ]
-
-
-def effect_charts(ablation: Ablation, *, name: str) -> list[Chart]:
-    """Perplexity over the values of each setting that was varied."""
-    return [
-        found
-        for index, factor in enumerate(ablation.factors)
-        if (found := _effect(ablation, factor, name=f"{name}-effect{index}"))
-    ]
-
-
-def _effect(ablation: Ablation, factor: str, *, name: str) -> Chart | None:
-    pairs = [
-        (value, found)
-        for value, cell in zip(ablation.column(factor), ablation.column("perplexity"))
-        if (found := csv_number(cell)) is not None and found > 0
-    ]
-    values = ordered({value for value, _ in pairs})
-    if not values:
-        return None
-    groups = {v: [y for value, y in pairs if value == v] for v in values}
-    means = {v: math.exp(sum(map(math.log, ys)) / len(ys)) for v, ys in groups.items()}
-
-    def draw(figure: Figure, tips: Tips) -> None:
-        axes = figure.add_subplot()
-        axes.plot(range(len(values)), [means[v] for v in values], color=SERIES[0])
-        for place, value in enumerate(values):
-            for y in groups[value]:
-                axes.plot(
-                    [place],
-                    [y],
-                    linestyle="",
-                    marker="o",
-                    color=MUTED,
-                    markersize=4,
-                    alpha=0.7,
-                    gid=tips(f"{factor} = {value}: {perplexity(y)}"),
-                )
-            tip = tips(f"{factor} = {value}, mean: {perplexity(means[value])}")
-            axes.plot(
-                [place], [means[value]], marker="D", color=SERIES[0], gid=tip, zorder=3
-            )
-        axes.set_xticks(range(len(values)), [_short(value) for value in values])
-        axes.margins(x=0.15, y=0.15)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.set_ylabel("perplexity")
-        axes.grid(axis="x", visible=False)
-
-    told = [f"{value} {perplexity(means[value])}" for value in values]
-    return chart(
-        draw,
-        name=name,
-        title=factor,
-        alt=f"Mean perplexity by {factor}: {'; '.join(told)}.",
-        inches=(3.8, 2.5),
-    )
-
-
-def ordered(values: set[str]) -> list[str]:
-    """By size where all are numbers, else by name."""
-    numbers = {value: csv_number(value) for value in values}
-    if all(number is not None for number in numbers.values()):
-        return sorted(values, key=lambda value: (numbers[value] or 0.0, value))
-    return sorted(values)
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE - 1]}…"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from samv2.common.telemetry import METRICS, read_metrics
 from samv2.federated.checkpoint import latest_checkpoint, load_graph
 from samv2.federated.run_folder import RunFolder
 from samv2.federated.run_logs import fedit_bytes
+from samv2.report.merge_data import Merge, read_merges
 from samv2.report.reading import (
     DAMAGE,
     Missing,
@@ -29,8 +29,6 @@ from samv2.report.reading import (
     text,
     whole,
 )
-
-MERGE = re.compile(r"merge_round(\d+)\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,46 +67,6 @@ class Round:
     def mean(self) -> float | None:
         """Geometric mean of the perplexities."""
         return geometric_mean(self.perplexity)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Edit:
-    """One change of the expert graph."""
-
-    round: int
-    layer: int
-    """Among the converted layers."""
-    src: int
-    """Position."""
-    dst: int
-    kind: str
-    score: float | None
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefusedReply:
-    """A reply that did not count; reason and detail may be a client's own words."""
-
-    round: int
-    client: int
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merge:
-    """A ``merge_round{N}.json``."""
-
-    round: int
-    edits: tuple[Edit, ...]
-    refused: tuple[RefusedReply, ...]
-    usage_per_layer: tuple[float, ...]
-    """Visits, all clients."""
-    demand_per_layer: tuple[float, ...]
-    """Visits that an absent edge prevented."""
-    tokens: float
-    """Trained on, all clients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +118,7 @@ def read_run(root: Path) -> RunFacts:
     run = RunFolder(root=Path(root))
     settings = _settings(run)
     rounds = _rounds(run)
-    merges, unread = _merges(run)
+    merges, unread = read_merges(run.root, remedy=_again(run))
     start = _start(run)
     return RunFacts(
         settings=settings,
@@ -207,53 +165,6 @@ def _round(row: Any) -> Round:
         bytes_down_per_client=number(row["bytes_down_per_client"]),
         edits=whole(row["edits"]),
         seconds=numbers_by_name(row["seconds"]),
-    )
-
-
-def _merges(run: RunFolder) -> tuple[tuple[Merge, ...] | Missing, tuple[str, ...]]:
-    paths = [p for p in run.root.iterdir() if MERGE.fullmatch(p.name)]
-    merges, unread = [], []
-    for path in paths:
-        found = read_json(path, _merge, remedy="")
-        if isinstance(found, Missing):
-            unread.append(found.what)
-        else:
-            merges.append(found)
-    if merges:
-        return tuple(sorted(merges, key=lambda item: item.round)), tuple(unread)
-    what = " ".join(["There is no readable merge_round1.json.", *unread])
-    remedy = f"Every round leaves such a file. {_again(run)}"
-    return Missing(what=what, remedy=remedy), ()
-
-
-def _merge(value: Any) -> Merge:
-    current = whole(value["round"])
-    return Merge(
-        round=current,
-        edits=tuple(
-            Edit(
-                round=current,
-                layer=whole(item["layer"]),
-                src=whole(item["src"]),
-                dst=whole(item["dst"]),
-                kind=text(item["kind"]),
-                score=maybe_number(item["score"]),
-                reason=text(item["reason"]),
-            )
-            for item in value["edits"]
-        ),
-        refused=tuple(
-            RefusedReply(
-                round=current,
-                client=whole(item["client"]),
-                reason=text(item["reason"]),
-                detail=text(item["detail"]),
-            )
-            for item in value["refused"]
-        ),
-        usage_per_layer=tuple(map(number, value["usage_per_layer"])),
-        demand_per_layer=tuple(map(number, value["demand_per_layer"])),
-        tokens=sum(number(client["tokens"]) for client in value["clients"].values()),
     )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator
 
-from samv2.report.run_data import Domain, Merge, Result, Round
+from samv2.report.axes import decades, draw_line, label_ends, log_axis, round_axis
+from samv2.report.run_data import Domain, Result, Round
 from samv2.report.svg import (
     INK,
     MUTED,
@@ -18,8 +18,6 @@ from samv2.report.svg import (
     Chart,
     Tips,
     chart,
-    label_ends,
-    series_style,
 )
 from samv2.report.words import change, duration, perplexity, size
 
@@ -35,9 +33,6 @@ PHASES = {
     "evaluate": "scoring",
 }
 """Names of a run's phases for people."""
-MOST_MARKS = 60
-"""Rounds of a line whose points are marked."""
-TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 
 
 def result_chart(result: Result, *, name: str) -> Chart:
@@ -213,7 +208,7 @@ def bytes_chart(rounds: Sequence[Round], fedit: float | None, *, name: str) -> C
         found = [count for _, count in (*up, *down, (0, fedit or 0)) if count > 0]
         log_axis(axes, "y", [*found, *(count / 2 for count in found)])
         axes.yaxis.set_major_formatter(lambda value, _: size(value))
-        axes.yaxis.set_major_locator(FixedLocator(_decades(found)))
+        axes.yaxis.set_major_locator(FixedLocator(decades(found)))
         round_axis(axes)
         axes.set_ylabel("bytes of a client, logarithmic")
         figure.legend(loc="outside upper left", ncols=3)
@@ -261,7 +256,7 @@ def seconds_chart(result: Result, rounds: Sequence[Round], *, name: str) -> Char
         axes.set_yticks(range(len(bars)), [label for label, _ in bars])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set_ylim(len(bars) - 0.4, -0.6)
-        axes.set_xlim(0, 1.22 * max([v for _, v in bars], default=1.0) or 1.0)
+        axes.set_xlim(0, 1.32 * max([v for _, v in bars], default=1.0) or 1.0)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("seconds")
 
@@ -273,144 +268,3 @@ def seconds_chart(result: Result, rounds: Sequence[Round], *, name: str) -> Char
         alt=f"Seconds by phase: {told}.",
         inches=(5.2, 1.0 + 0.3 * len(bars)),
     )
-
-
-def edits_chart(merges: Sequence[Merge], *, name: str) -> Chart:
-    """How many edges each round pruned and promoted."""
-    kinds = ("promote", "prune")
-    x = [merge.round for merge in merges]
-    counts = {
-        kind: [sum(edit.kind == kind for edit in merge.edits) for merge in merges]
-        for kind in kinds
-    }
-
-    def draw(figure: Figure, tips: Tips) -> None:
-        axes = figure.add_subplot()
-        for kind, colour, sign in zip(kinds, (SERIES[2], SERIES[1]), (1, -1)):
-            label = EDIT_WORDS[kind]
-            heights = [sign * count for count in counts[kind]]
-            bars = axes.bar(x, heights, width=0.6, color=colour, label=label)
-            for at, count, bar in zip(x, counts[kind], bars):
-                bar.set_gid(tips(f"round {at}, {label}: {count}"))
-        axes.axhline(0, color=MUTED, linewidth=0.8)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
-        axes.set_ylabel("edges")
-        figure.legend(loc="outside upper left", ncols=2)
-
-    total = {kind: sum(values) for kind, values in counts.items()}
-    return chart(
-        draw,
-        name=f"{name}-edits",
-        title="Edits of the graph",
-        alt=f"{total['promote']} edges were added and {total['prune']} removed.",
-        note="Above the line: edges that were added; below: removed.",
-        inches=(5.2, 2.6),
-    )
-
-
-EDIT_WORDS = {"promote": "added (promote)", "prune": "removed (prune)"}
-
-
-def visits_chart(merges: Sequence[Merge], labels: Sequence[str], *, name: str) -> Chart:
-    """Visits and unmet demand a token, over layers; first and last round."""
-    chosen = [m for m in ({m.round: m for m in (merges[0], merges[-1])}).values()]
-
-    def draw(figure: Figure, tips: Tips) -> None:
-        panels = figure.subplots(2, 1, sharex=True)
-        for index, merge in enumerate(chosen):
-            tokens = max(merge.tokens, 1.0)
-            pairs = zip(panels, (merge.usage_per_layer, merge.demand_per_layer))
-            for axes, values in pairs:
-                style = series_style(index)
-                y = [value / tokens for value in values]
-                axes.plot(range(len(y)), y, **style, label=f"round {merge.round}")
-                axes.lines[-1].set_markersize(3.5)
-        panels[0].set_title("experts that a token visits")
-        panels[1].set_title("visits prevented by an absent edge")
-        step = max(1, math.ceil(len(labels) / 10))
-        panels[1].set_xticks(range(0, len(labels), step), labels[::step])
-        panels[1].set_xlabel("layer")
-        for axes in panels:
-            axes.margins(y=0.2)
-        if len(chosen) > 1:
-            panels[0].legend(loc="lower right", ncols=2)
-
-    last = merges[-1]
-    tokens = max(last.tokens, 1.0) * max(1, len(last.usage_per_layer))
-    return chart(
-        draw,
-        name=f"{name}-visits",
-        title="Visits in each layer",
-        alt=f"In round {last.round} a token visits "
-        f"{sum(last.usage_per_layer) / tokens:.2f} experts a layer on average; "
-        f"{sum(last.demand_per_layer) / tokens:.2f} wanted steps had no edge.",
-        note="Counted while clients trained. A wanted step is one to an expert that was "
-        "chosen, had the edge been there; edges that are wanted much get promoted.",
-        inches=(5.2, 3.8),
-    )
-
-
-def draw_line(
-    axes: Axes,
-    line: Sequence[tuple[int, float]],
-    index: int,
-    label: str,
-    tips: Tips,
-    *,
-    show: Callable[[float | None], str],
-) -> str:
-    """A series over rounds; where they are not too many, a mark and a tip for each.
-
-    Returns:
-        Its colour.
-    """
-    style = series_style(index)
-    marked = style if len(line) <= MOST_MARKS else style | {"marker": ""}
-    if line:
-        axes.plot(*zip(*line), **(style | {"marker": ""}))
-    axes.plot([], [], **marked, label=label)
-    for x, value in line if len(line) <= MOST_MARKS else ():
-        tip = tips(f"{label}, round {x}: {show(value)}")
-        axes.plot([x], [value], **(style | {"linestyle": ""}), gid=tip)
-    return style["color"]
-
-
-def round_axis(axes: Axes) -> None:
-    """Whole rounds along x."""
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    axes.set_xlabel("round")
-
-
-def log_axis(axes: Axes, side: str, values: Sequence[float]) -> None:
-    """A logarithmic axis with round ticks and room around the values."""
-    found = [value for value in values if value > 0]
-    low, high = min(found, default=1.0), max(found, default=10.0)
-    room = max((high / low) ** 0.08, 1.02)
-    low, high = low / room, high * room
-    getattr(axes, f"set_{side}scale")("log")
-    getattr(axes, f"set_{side}lim")(low, high)
-    axis = getattr(axes, f"{side}axis")
-    axis.set_major_locator(FixedLocator(round_ticks(low, high)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda value, _: f"{value:,g}")
-
-
-def round_ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Round numbers between two positive ones, evenly far apart on a log axis."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    every = [tick * 10.0**power for power in powers for tick in TICKS]
-    inside = [tick for tick in every if low <= tick <= high]
-    gap = math.log(high / low) / most
-    kept: list[float] = []
-    for tick in inside:
-        if not kept or math.log(tick / kept[-1]) >= gap:
-            kept.append(tick)
-    return kept
-
-
-def _decades(values: Sequence[float]) -> list[float]:
-    low, high = min(values, default=1.0), max(values, default=10.0)
-    first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high))
-    return [10.0**power for power in range(first, last + 1)]

@@ -16,7 +16,6 @@ from typing import Any
 
 import matplotlib
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -129,46 +128,6 @@ def series_style(index: int) -> dict[str, Any]:
         "marker": MARKERS[index % len(MARKERS)],
         "linestyle": DASHES[index // len(SERIES) % len(DASHES)],
     }
-
-
-def label_ends(
-    axes: Axes, ends: Mapping[str, tuple[float, float, str]], *, gap: float
-) -> None:
-    """Name lines at their right ends, moved apart where they would overlap.
-
-    Args:
-        axes: y is linear or logarithmic already, and its limits are final.
-        ends: {name: (x, y, colour)}.
-        gap: least distance, as a share of the axis.
-    """
-    place = axes.transData + axes.transAxes.inverted()
-    at = {key: place.transform((x, y))[1] for key, (x, y, _) in ends.items()}
-    heights = spread(at, gap=gap)
-    right = max((x for x, _, _ in ends.values()), default=0.0)
-    for key, (_, _, colour) in ends.items():
-        axes.annotate(
-            key,
-            (right, heights[key]),
-            xycoords=("data", "axes fraction"),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=9,
-            annotation_clip=False,
-        )
-
-
-def spread(heights: Mapping[str, float], *, gap: float) -> dict[str, float]:
-    """Heights moved apart to a least distance, order kept, as a whole where they were."""
-    order = sorted(heights, key=lambda key: heights[key])
-    placed: list[float] = []
-    for key in order:
-        least = placed[-1] + gap if placed else heights[key]
-        placed.append(max(heights[key], least))
-    moved = [place - heights[key] for key, place in zip(order, placed)]
-    back = sum(moved) / max(1, len(moved))
-    return {key: place - back for key, place in zip(order, placed)}
 
 
 def inlined(source: str, *, name: str, alt: str, tips: Mapping[str, str]) -> Markup:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from samv2.report.ablation_plots import effect_charts, trade_chart
 from samv2.report.expert_plots import difference_chart, share_chart
 from samv2.report.graph_data import GraphFacts, read_graph
 from samv2.report.layer_drawing import LayerDrawing, draw_layers, first_layer
+from samv2.report.merge_data import Edit, RefusedReply
+from samv2.report.merge_plots import edits_chart, visits_chart
 from samv2.report.other_data import (
     RESULTS,
     Ablation,
@@ -19,18 +22,16 @@ from samv2.report.other_data import (
     read_comparison,
     read_frontier,
 )
-from samv2.report.other_plots import effect_charts, frontier_chart, method_charts
+from samv2.report.other_plots import frontier_chart, method_charts
 from samv2.report.reading import Missing
-from samv2.report.run_data import Edit, RefusedReply, RunFacts, read_run
+from samv2.report.run_data import RunFacts, read_run
 from samv2.report.run_plots import (
     bytes_chart,
-    edits_chart,
     loss_chart,
     perplexity_chart,
     result_chart,
     runs_chart,
     seconds_chart,
-    visits_chart,
 )
 from samv2.report.sources import Source
 from samv2.report.svg import Chart
@@ -89,6 +90,8 @@ class AblationView:
     path: Path
     data: Ablation | Missing
     effects: tuple[Chart, ...]
+    trade: Chart | None
+    """Perplexity against bytes."""
     best: Mapping[str, float]
     """Lowest value of every measured column."""
 
@@ -263,14 +266,22 @@ def view_ablation(source: Source, id: str) -> AblationView:
     """An ``ablation.csv``."""
     data = read_ablation(source.path)
     effects: tuple[Chart, ...] = ()
+    trade: Chart | None = None
     best: dict[str, float] = {}
     if not isinstance(data, Missing):
         effects = tuple(effect_charts(data, name=id))
+        trade = trade_chart(data, name=id)
         for part in RESULTS:
             if part in data.columns:
                 _lowest(best, part, [csv_number(cell) for cell in data.column(part)])
     return AblationView(
-        id=id, name=source.name, path=source.path, data=data, effects=effects, best=best
+        id=id,
+        name=source.name,
+        path=source.path,
+        data=data,
+        effects=effects,
+        trade=trade,
+        best=best,
     )
 
 
@@ -284,6 +295,6 @@ def view_frontier(source: Source, id: str) -> FrontierView:
 
 
 def _lowest(best: dict[str, float], name: str, values: Sequence[float | None]) -> None:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and value > 0]
     if known:
         best[name] = min(known)

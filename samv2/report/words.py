@@ -121,7 +121,8 @@ def _came_of_it(result: Result) -> str:
         side = "above" if final > dense else "below"
         sentence += (
             f" The dense model, before it was cut into experts, had "
-            f"{perplexity(dense)}; the result is {share(abs(final / dense - 1))} {side} that."
+            f"{perplexity(dense)}; the result is {share(abs(final / dense - 1))} {side} "
+            "that."
         )
     return sentence
 
