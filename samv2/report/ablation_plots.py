@@ -10,11 +10,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from samv2.report.axes import log_axis
 from samv2.report.other_data import Ablation, csv_number
-from samv2.report.svg import MUTED, SERIES, Chart, Tips, chart
+from samv2.report.svg import MUTED, SERIES, Chart, Tips, chart, short
 from samv2.report.words import perplexity, size
-
-LONGEST_VALUE = 22
-"""Characters of a setting's value on an axis."""
 
 
 def effect_charts(ablation: Ablation, *, name: str) -> list[Chart]:
@@ -82,7 +79,7 @@ def _effect(
             axes.plot(
                 [place], [means[value]], marker="D", color=SERIES[0], gid=tip, zorder=3
             )
-        axes.set_xticks(range(len(values)), [_short(value) for value in values])
+        axes.set_xticks(range(len(values)), [short(value) for value in values])
         axes.margins(x=0.15)
         axes.set_ylim(*limits)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -158,7 +155,3 @@ def ordered(values: set[str]) -> list[str]:
     if all(number is not None for number in numbers.values()):
         return sorted(values, key=lambda value: (numbers[value] or 0.0, value))
     return sorted(values)
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE - 1]}…"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from samv2.report.svg import Tips, series_style
+from samv2.report.svg import Tips, series_style, short
 
 MOST_MARKS = 60
 """Rounds of a line whose points are marked."""
@@ -33,7 +33,7 @@ def draw_line(
     marked = style if len(line) <= MOST_MARKS else style | {"marker": ""}
     if line:
         axes.plot(*zip(*line), **(style | {"marker": ""}))
-    axes.plot([], [], **marked, label=label)
+    axes.plot([], [], **marked, label=short(label))
     for x, value in line if len(line) <= MOST_MARKS else ():
         tip = tips(f"{label}, round {x}: {show(value)}")
         axes.plot([x], [value], **(style | {"linestyle": ""}), gid=tip)
@@ -103,7 +103,7 @@ def label_ends(
     right = max((x for x, _, _ in ends.values()), default=0.0)
     for key, (_, _, colour) in ends.items():
         axes.annotate(
-            key,
+            short(key),
             (right, heights[key]),
             xycoords=("data", "axes fraction"),
             xytext=(8, 0),

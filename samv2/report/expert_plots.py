@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from samv2.report.graph_data import Trace
-from samv2.report.svg import Chart, Tips, chart
+from samv2.report.svg import Chart, Tips, chart, short
 from samv2.report.words import share
 
 BESIDE = 3
@@ -94,7 +94,7 @@ def _maps(
                 aspect="auto",
                 interpolation="none",
             )
-            axes.set_title(trace.domains[place])
+            axes.set_title(short(trace.domains[place]))
             axes.set_yticks(range(0, layers, step), labels[::step])
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             axes.tick_params(length=2)

@@ -22,6 +22,7 @@ from samv2.report.svg import (
     Tips,
     chart,
     series_style,
+    short,
 )
 from samv2.report.words import duration, perplexity, share, size
 
@@ -137,7 +138,9 @@ def _methods_against(
             style = series_style(index)
             if key in silent:
                 axes.axhline(silent[key], color=style["color"], linewidth=1.2)
-                axes.plot([], [], color=style["color"], label=f"{key}, uploads nothing")
+                axes.plot(
+                    [], [], color=style["color"], label=f"{short(key)}, uploads nothing"
+                )
             if not line:
                 continue
             axes.plot(
@@ -148,7 +151,7 @@ def _methods_against(
             for at, y, number in line:
                 tip = f"{key}, round {number}: {perplexity(y)} after {show(at)}"
                 axes.plot([at], [y], **style, gid=tips(tip))
-            axes.plot([], [], **style, label=key)
+            axes.plot([], [], **style, label=short(key))
         every = [y for line in lines.values() for _, y, _ in line]
         log_axis(axes, "y", [*every, *silent.values(), *([dense] if dense else [])])
         if logarithmic:

@@ -18,6 +18,7 @@ from samv2.report.svg import (
     Chart,
     Tips,
     chart,
+    short,
 )
 from samv2.report.words import change, duration, perplexity, size
 
@@ -45,7 +46,7 @@ def result_chart(result: Result, *, name: str) -> Chart:
             _draw_domain(axes, place, domain, tips)
         for label, style in RESULT_MARKS.items():
             axes.plot([], [], linestyle="", label=label, **style)
-        axes.set_yticks(range(len(domains)), [d.name for d in domains])
+        axes.set_yticks(range(len(domains)), [short(d.name) for d in domains])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set_ylim(len(domains) - 0.4, -0.6)
         values = [v for d in domains for v in (d.dense, d.start, d.final) if v]
@@ -253,7 +254,7 @@ def seconds_chart(result: Result, rounds: Sequence[Round], *, name: str) -> Char
                 fontsize=9,
                 color=INK,
             )
-        axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+        axes.set_yticks(range(len(bars)), [short(label) for label, _ in bars])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set_ylim(len(bars) - 0.4, -0.6)
         axes.set_xlim(0, 1.32 * max([v for _, v in bars], default=1.0) or 1.0)

@@ -9,7 +9,8 @@ from typing import Literal
 
 from samv2.common.config import load_settings
 from samv2.common.errors import CheckpointError, ConfigError
-from samv2.federated.run_folder import RunFolder, is_run
+from samv2.federated.checkpoint import latest_checkpoint
+from samv2.federated.run_folder import RunFolder
 
 Kind = Literal["run", "comparison", "ablation", "frontier"]
 FILES: dict[str, Kind] = {
@@ -59,7 +60,7 @@ def _kinds(path: Path) -> list[tuple[Kind, Path]]:
     if path.is_file():
         return [(FILES[path.name], path)] if path.name in FILES else _by_ending(path)
     found: list[tuple[Kind, Path]] = []
-    if is_run(path) and _belongs(path):
+    if _is_run(path):
         found.append(("run", path))
     for name, kind in FILES.items():
         inside = path / name
@@ -73,16 +74,15 @@ def _by_ending(path: Path) -> list[tuple[Kind, Path]]:
     return [("ablation", path)] if path.suffix == ".csv" else []
 
 
-def _belongs(folder: Path) -> bool:
-    """Whether a ``config.toml`` is a run's, be it with files that only runs have."""
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, be it one whose ``config.toml`` is lost or damaged."""
     run = RunFolder(root=folder)
-    if run.prepared.is_file() or run.summary.is_file() or run.checkpoints.is_dir():
+    if run.prepared.is_file() or latest_checkpoint(run.checkpoints) is not None:
         return True
     try:
-        load_settings(run.config)
+        return run.config.is_file() and bool(load_settings(run.config))
     except ConfigError:
         return False
-    return True
 
 
 def _refusal(path: Path) -> str:

@@ -27,6 +27,8 @@ VARIABLES = {INK: "ink", MUTED: "muted", GRID: "rule", PAPER: "card"} | {
 """CSS variable of each placeholder colour."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
+LONGEST_NAME = 24
+"""Characters of a name inside a drawing."""
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "samv2",
@@ -119,6 +121,11 @@ def chart(
         canvas.print_svg(out, metadata={"Date": None, "Creator": None})
     svg = inlined(out.getvalue(), name=name, alt=alt, tips=tips.texts)
     return Chart(svg=svg, title=title, note=note, alt=alt, wide=wide)
+
+
+def short(name: str) -> str:
+    """A name that leaves room for the drawing; tables and tips have all of it."""
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME - 1]}…"
 
 
 def series_style(index: int) -> dict[str, Any]:
