@@ -22,7 +22,7 @@ HIGHEST, LOWEST = 200.0, 70.0
 """Of an arc that leads from the first expert to the last: above the line, and below."""
 MOST_EDGES = 160
 """Arcs of a layer; the busiest are kept."""
-RADII = (0.1, 0.27)
+RADII = (0.16, 0.27)
 """Of an expert, by how often it is visited, as a share of the step."""
 WIDTHS = (0.7, 8.0)
 

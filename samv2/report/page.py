@@ -26,6 +26,8 @@ from samv2.report.views import ReportView, view_report
 
 GENERATOR = '<meta name="generator" content="samv2 report">'
 """By which a report is known."""
+MOST_ROWS = 500
+"""Edits and refusals that are listed; a long run has thousands."""
 TEMPLATES = files("samv2.report") / "templates"
 CODE = re.compile(r"`([^`]*)`")
 
@@ -63,6 +65,7 @@ def render(view: ReportView) -> str:
     return environment.get_template("page.html").render(
         view=view,
         generator=Markup(GENERATOR),
+        most_rows=MOST_ROWS,
         title=title_of(view),
         style=Markup(read_template("page.css")),
         script=Markup(script),

@@ -14,6 +14,7 @@ import pytest
 from samv2.common.errors import CheckpointError
 from samv2.report.page import (
     GENERATOR,
+    MOST_ROWS,
     code,
     heading,
     make_report,
@@ -165,6 +166,17 @@ def test_what_strangers_wrote_stays_text(
     assert page.handlers == []
     assert page.text.count("{{ 7 * 7 }}") >= 10 and "49" not in page.text.split()
     assert f"unknown {ATTACK}" in page.text
+
+
+def test_long_lists_are_cut(broken_run: Path) -> None:
+    path = broken_run / "merge_round2.json"
+    merge = json.loads(path.read_text())
+    reply = {"client": 1, "reason": "no_reply", "detail": "no reply in time"}
+    merge["refused"] = [reply] * (MOST_ROWS + 3)
+    path.write_text(json.dumps(merge))
+    page = Page(make_report(find_sources([broken_run])))
+    assert page.text.count("no reply in time") == MOST_ROWS
+    assert "3 more are in the run's merge_round files" in page.text
 
 
 FILES = (
