@@ -17,6 +17,7 @@ BELOW: dict[str, set[str]] = {
     "models": {"common", "experts"},
     "updates": {"common"},
     "federated": {"common", "data", "experts", "models", "updates"},
+    "report": {"common", "federated", "models"},
 }
 """What each folder of samv2 may import beside itself; the rest may import all."""
 KERNEL_USERS = {"experts", "models", "federated"}

@@ -7,7 +7,8 @@ from samv2.commands import (
     evaluate,
     export,
     inspect_frame,
+    report,
     train,
 )
 
-COMMANDS = (demo, bootstrap, train, evaluate, export, inspect_frame, doctor)
+COMMANDS = (demo, bootstrap, train, evaluate, report, export, inspect_frame, doctor)

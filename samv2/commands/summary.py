@@ -57,6 +57,7 @@ def show_summary(summary: Mapping[str, Any], root: Path, console: Console) -> No
     )
     steps = {
         f"samv2 eval {root}": "score it again; --text NAME=FILE for your own text",
+        f"samv2 report {root}": "figures and expert graph as one page for a browser",
         f"samv2 export {root} --output my-model": "a plain Hugging Face folder",
         "samv2 train --help": "your own model, text and clients",
         f"tensorboard --logdir {root}": f"curves; everything else is in {root}/",

@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from samv2.common.errors import CheckpointError, GraphError
 from samv2.common.files import replace_folder
@@ -111,15 +113,7 @@ def load_checkpoint(
                 f"{FORMAT}"
             )
         _check_model(path, facts["model_fingerprint"], model_fingerprint)
-        memory = EdgeMemory(
-            rounds=facts["memory_rounds"],
-            **{name: tensors[f"memory.{name}"] for name in MEMORY},
-        )
-        graph = ExpertGraph(
-            edge_mask_LEE=tensors["graph.edge_mask_LEE"],
-            order_LE=tensors["graph.order_LE"],
-            version=facts["graph_version"],
-        )
+        graph, memory = _graph_of(facts, tensors)
         state = ServerState(
             round=facts["round"],
             blocks={
@@ -137,6 +131,42 @@ def load_checkpoint(
             f"{path} is damaged ({type(error).__name__}: {error}); remove the folder to "
             "resume from the checkpoint before it"
         ) from None
+
+
+def load_graph(path: Path) -> tuple[ExpertGraph, EdgeMemory, dict[str, Any]]:
+    """The graph of a checkpoint alone, of whichever model; its blocks are not read.
+
+    Returns:
+        The graph, what is remembered of its edges, and the ``extra`` facts.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    try:
+        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        with safe_open(path / TENSORS, framework="pt") as stored:
+            names = [name for name in stored.keys() if not name.startswith("block.")]
+            tensors = {name: stored.get_tensor(name) for name in names}
+        return *_graph_of(facts, tensors), facts["extra"]
+    except _DAMAGE as error:
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _graph_of(
+    facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[ExpertGraph, EdgeMemory]:
+    graph = ExpertGraph(
+        edge_mask_LEE=tensors["graph.edge_mask_LEE"],
+        order_LE=tensors["graph.order_LE"],
+        version=facts["graph_version"],
+    )
+    memory = EdgeMemory(
+        rounds=facts["memory_rounds"],
+        **{name: tensors[f"memory.{name}"] for name in MEMORY},
+    )
+    return graph, memory
 
 
 def _block_order(item: tuple[str, Any]) -> int:

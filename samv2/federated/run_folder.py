@@ -47,6 +47,7 @@ _OWN_FILES = (
     "expert_call_trace.json",
     "cluster_stats.txt",
     "pack_sizes.txt",
+    "usage.jsonl",
     "frontier.json",
 )
 _MERGE = re.compile(r"merge_round\d+\.json")

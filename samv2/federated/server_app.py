@@ -39,6 +39,7 @@ from samv2.federated.round_table import RoundTable
 from samv2.federated.run_folder import RunFolder, open_run, run_model
 from samv2.federated.run_logs import (
     append_pack_sizes,
+    append_usage,
     build_summary,
     fedit_bytes,
     keep_frames,
@@ -140,6 +141,7 @@ def federate(
             row = metrics_row(report)
             write_merge(run.root, report.merge)
             append_pack_sizes(run.root, report.merge, manifest)
+            append_usage(run.root, report.merge)
             if settings.federation.keep_frames:
                 keep_frames(run.root, report.merge)
             metrics.write(row)

@@ -16,6 +16,7 @@ from samv2.federated.checkpoint import (
     MEMORY,
     latest_checkpoint,
     load_checkpoint,
+    load_graph,
     save_checkpoint,
 )
 from samv2.federated.server_merge import ServerState
@@ -178,3 +179,19 @@ def test_what_a_killed_write_left_is_not_taken_for_a_checkpoint(tmp_path: Path) 
     assert latest_checkpoint(tmp_path) == old
     save(tmp_path, 2)
     assert latest_checkpoint(tmp_path) == tmp_path / "round_0002"
+
+
+def test_the_graph_is_read_alone_and_of_any_model(tmp_path: Path) -> None:
+    state = state_at(2)
+    extra = {"start": {"python": 9.5}}
+    path = save_checkpoint(tmp_path, state, model_fingerprint="abc", extra=extra)
+    graph, memory, facts = load_graph(path)
+    assert torch.equal(graph.edge_mask_LEE, state.graph.edge_mask_LEE)
+    assert torch.equal(graph.order_LE, state.graph.order_LE)
+    assert graph.version == state.graph.version and memory.rounds == 2
+    for name in MEMORY:
+        assert torch.equal(getattr(memory, name), getattr(state.memory, name))
+    assert facts == extra
+    (path / "state.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="round_0002 is damaged"):
+        load_graph(path)

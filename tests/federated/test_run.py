@@ -89,6 +89,7 @@ def test_the_directory_holds_every_file(finished: Path) -> None:
         "shards",
         "summary.json",
         "tensorboard",
+        "usage.jsonl",
     }
 
 
@@ -157,6 +158,18 @@ def test_merges_are_bounded_and_used_by_every_client(
         assert min(merge["usage_per_layer"]) > 0
         versions.append(merge["graph_version"])
         assert versions[-1] == versions[-2] + bool(merge["edits"])
+
+
+def test_usage_counts_what_the_merges_summed(finished: Path) -> None:
+    lines = (finished / "usage.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        merge = read(finished / f"merge_round{row['round']}.json")
+        assert row["experts"] == 8
+        assert {len(layer) for layer in row["usage"] + row["demand"]} == {8 * 9 // 2}
+        assert [sum(layer) for layer in row["usage"]] == merge["usage_per_layer"]
+        assert [sum(layer) for layer in row["demand"]] == merge["demand_per_layer"]
 
 
 def test_metrics_have_the_agreed_keys(finished: Path) -> None:
@@ -327,6 +340,7 @@ def test_a_killed_run_ends_in_the_same_bits(
     assert [row["round"] for row in read_metrics(logs)] == [1, 2, 3, 4]
     sizes = (logs / "pack_sizes.txt").read_text()
     assert sizes == (root / "pack_sizes.txt").read_text()
+    assert (logs / "usage.jsonl").read_text() == (root / "usage.jsonl").read_text()
 
 
 def test_overwrite_replaces_the_run_and_nothing_foreign(
