@@ -30,6 +30,7 @@ CHANGEABLE = (
 )
 """Settings that may differ when a run is resumed."""
 _OWN_FOLDERS = (
+    "adapter",
     "model",
     "shards",
     "clients",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -199,44 +199,8 @@ class SamStrategy(Strategy):
         return grid.send_and_receive(messages, timeout=timeout)
 
     def enrol(self, grid: Grid) -> None:
-        """Wait for the run's clients and learn which node is which client.
-
-        Raises:
-            FederationError: too few nodes, or two nodes claim the same client.
-        """
-        wanted = self.settings.federation.clients
-        deadline = time.monotonic() + ENROL_SECONDS
-        while len(nodes := sorted(grid.get_node_ids())) < wanted:
-            if time.monotonic() > deadline:
-                raise FederationError(
-                    f"{len(nodes)} of {wanted} clients are connected after "
-                    f"{ENROL_SECONDS:g} s; start the missing ones or lower "
-                    "federation.clients"
-                )
-            time.sleep(0.5)
-        messages = [
-            message_to(grid, node, RecordDict(), MessageType.QUERY, "enrol")
-            for node in nodes
-        ]
-        clients: dict[int, int] = {}
-        failures: list[str] = []
-        for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
-            client = _client_of(reply)
-            if client is None:
-                failures.append(_first_line(reply))
-                continue
-            if client in clients.values():
-                raise FederationError(
-                    f"two nodes hold client {client}; give each its own partition-id"
-                )
-            clients[reply.metadata.src_node_id] = client
-        missing = sorted(set(range(wanted)) - set(clients.values()))
-        if missing:
-            raise FederationError(
-                f"clients {missing} are not there ({'; '.join(failures) or 'no answer'}); "
-                "check that each node has its own partition-id and its shard"
-            )
-        self._clients = {n: c for n, c in sorted(clients.items()) if 0 <= c < wanted}
+        """Wait for the run's clients, see :func:`enrol_clients`."""
+        self._clients = enrol_clients(grid, self.settings.federation.clients)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -327,7 +291,7 @@ class SamStrategy(Strategy):
                     "round %d: node %d has not scored its held-out text: %s",
                     server_round,
                     message.metadata.src_node_id,
-                    _first_line(message),
+                    first_line(message),
                 )
         federation = self.settings.federation
         length = self.settings.train.sequence_length
@@ -349,10 +313,7 @@ class SamStrategy(Strategy):
 
     def _sample(self, server_round: int) -> dict[int, int]:
         count = self.settings.federation.clients_per_round or len(self._clients)
-        by_client = {client: node for node, client in self._clients.items()}
-        generator = np.random.default_rng([self.settings.seed, server_round])
-        chosen = generator.choice(sorted(by_client), size=count, replace=False)
-        return {by_client[int(client)]: int(client) for client in sorted(chosen)}
+        return sample_nodes(self._clients, count, self.settings.seed, server_round)
 
     def _graph_for(self, node: int) -> GraphMessage:
         """Edits where the client is at most one version behind, else the full graph."""
@@ -420,6 +381,66 @@ class SamStrategy(Strategy):
         return valid, refusals
 
 
+def enrol_clients(grid: Grid, wanted: int) -> dict[int, int]:
+    """Wait for a run's clients and learn which node is which client.
+
+    Returns:
+        {node id: client}, by node.
+
+    Raises:
+        FederationError: too few nodes, or two nodes claim the same client.
+    """
+    deadline = time.monotonic() + ENROL_SECONDS
+    while len(nodes := sorted(grid.get_node_ids())) < wanted:
+        if time.monotonic() > deadline:
+            raise FederationError(
+                f"{len(nodes)} of {wanted} clients are connected after "
+                f"{ENROL_SECONDS:g} s; start the missing ones or lower "
+                "federation.clients"
+            )
+        time.sleep(0.5)
+    messages = [
+        message_to(grid, node, RecordDict(), MessageType.QUERY, "enrol")
+        for node in nodes
+    ]
+    clients: dict[int, int] = {}
+    failures: list[str] = []
+    for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
+        client = _client_of(reply)
+        if client is None:
+            failures.append(first_line(reply))
+            continue
+        if client in clients.values():
+            raise FederationError(
+                f"two nodes hold client {client}; give each its own partition-id"
+            )
+        clients[reply.metadata.src_node_id] = client
+    missing = sorted(set(range(wanted)) - set(clients.values()))
+    if missing:
+        raise FederationError(
+            f"clients {missing} are not there ({'; '.join(failures) or 'no answer'}); "
+            "check that each node has its own partition-id and its shard"
+        )
+    return {n: c for n, c in sorted(clients.items()) if 0 <= c < wanted}
+
+
+def sample_nodes(
+    clients: Mapping[int, int], count: int, seed: int, server_round: int
+) -> dict[int, int]:
+    """A round's clients, which depend on seed and round alone.
+
+    Args:
+        clients: {node id: client} of the run.
+        count: how many to take.
+        seed: of the run.
+        server_round: from 1.
+    """
+    by_client = {client: node for node, client in clients.items()}
+    generator = np.random.default_rng([seed, server_round])
+    chosen = generator.choice(sorted(by_client), size=count, replace=False)
+    return {by_client[int(client)]: int(client) for client in sorted(chosen)}
+
+
 def _refusal(client: int, reason: str, detail: str) -> Refusal:
     """A refusal whose text cannot flood a log or steer a terminal."""
     shown = detail[:LONGEST_DETAIL].strip() or "no detail"
@@ -427,7 +448,8 @@ def _refusal(client: int, reason: str, detail: str) -> Refusal:
     return Refusal(client=client, reason=reason, detail=clean)
 
 
-def _first_line(reply: Message) -> str:
+def first_line(reply: Message) -> str:
+    """Why a reply is none, in one line."""
     if not reply.has_error():
         return f"node {reply.metadata.src_node_id} names no client"
     return _refusal(-1, "client_error", reply.error.reason or "").detail.splitlines()[0]
