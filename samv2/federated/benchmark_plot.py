@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from samv2.common.files import write_bytes
 
@@ -47,6 +48,9 @@ def draw_federation(path: Path, report: Mapping[str, Any]) -> None:
         sends |= _draw_method(by_bytes, by_time, entry, style)
     if sends:
         by_bytes.set_xscale("log")
+        by_bytes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        by_bytes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        by_bytes.xaxis.set_minor_formatter(NullFormatter())
     by_bytes.set_xlabel("uploaded by all clients, MB (log scale)")
     by_time.set_xlabel("training and merging, seconds")
     by_bytes.set_ylabel("held-out perplexity, geometric mean")

@@ -22,12 +22,13 @@ from samv2.federated.lora_round import (
 def make_lora_app(place: LoraPlace) -> ClientApp:
     """A client app whose clients are named by ``client`` in their node config.
 
-    The model is loaded once a process, at the first message that needs it.
+    The model is loaded once a process, when a client enrols, so that no round waits.
     """
     app = ClientApp()
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
+        _runtime_of(place)
         metrics = MetricRecord({"client": client_index(context)})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
