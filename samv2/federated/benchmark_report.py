@@ -138,7 +138,7 @@ def report_table(report: Mapping[str, Any]) -> Table:
                 *_numbers(entry, domains),
                 f"{entry['bytes_up_per_client_round'] / 1000:,.1f}",
                 f"{entry['bytes_up_total'] / 1e6:,.2f}",
-                f"{entry['seconds']:,.0f}",
+                _seconds(entry["seconds"]),
             ]
         )
     settings = protocol["settings"]
@@ -151,6 +151,10 @@ def report_table(report: Mapping[str, Any]) -> Table:
         "clients. up kB: most that a client uploaded in a round; total MB: uploaded by "
         "all; seconds: training and merging.",
     )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
 
 
 def _numbers(entry: Mapping[str, Any], domains: Sequence[str]) -> list[str]:

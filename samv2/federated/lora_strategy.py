@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from flwr.app import (
@@ -25,6 +24,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from samv2.common.errors import FederationError
+from samv2.common.quiet import quiet_logger
 from samv2.common.settings import Settings
 from samv2.data.sources import parse_domain
 from samv2.federated.grid import message_to
@@ -123,7 +123,7 @@ class LoraFedAvg(FedAvg):
         federation = self.settings.federation
         wait = timeout or federation.round_timeout
         arrays = initial_arrays
-        with _quiet_flower():
+        with quiet_logger("flwr", logging.WARNING):  # the run's table says it better
             self._clients = enrol_clients(grid, federation.clients)
             if self._on_start is not None:
                 self._on_start(
@@ -269,15 +269,3 @@ def adapter_bytes(message: Message) -> int:
 def start_arrays(adapters: dict[str, Tensor], method: LoraMethod) -> ArrayRecord:
     """What the server sends first: adapters, or nothing where they stay."""
     return to_arrays(adapters if method.averaged else {})
-
-
-@contextmanager
-def _quiet_flower() -> Iterator[None]:
-    """Flower logs every call of a strategy; a run's own table says it better."""
-    logger = logging.getLogger("flwr")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -8,17 +8,22 @@ class, so loss and scores of dense models take it as it is.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from samv2.common.files import replace_folder
+from samv2.common.quiet import quiet_logger
+
+with quiet_logger("bitsandbytes", logging.ERROR):
+    # peft imports it, and it warns on some processors that an extra is not installed.
+    from peft import LoraConfig, inject_adapter_in_model
 
 TARGETS = ("gate_proj", "up_proj", "down_proj")
 """Linear layers that get an adapter, in every decoder layer."""
