@@ -11,6 +11,9 @@ from samv2.commands.options import add_settings_options
 
 METHODS = "fedit,ffa-lora,local,central,samv2,samv2-sparse"
 
+WIDTH = 120
+"""Of the table where there is no terminal."""
+
 
 def register(verbs: Any) -> None:
     """Add the verb."""
@@ -68,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(report, indent=1))
         return 0
     console = make_console()
+    if not console.is_terminal:
+        console.width = WIDTH
     console.print()
     console.print(report_table(report))
     console.print(

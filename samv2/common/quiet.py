@@ -1,10 +1,16 @@
-"""Silencing what other libraries log, for a while."""
+"""Silencing what other libraries print, for a while."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 
 @contextmanager
@@ -17,3 +23,15 @@ def quiet_logger(name: str, level: int) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Inside the block, transformers shows no bars of its own."""
+    before = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            enable_progress_bar()

@@ -20,6 +20,7 @@ from samv2.common.errors import CheckpointError, DataError
 from samv2.common.files import write_json
 from samv2.common.settings import Settings
 from samv2.common.telemetry import read_metrics
+from samv2.common.threads import one_thread
 from samv2.data.shards import (
     load_federated_text,
     load_index,
@@ -171,7 +172,8 @@ def _share_text(
         settings.train.sequence_length,
         settings.federation.eval_windows,
     )
-    dense = score_domains(loaded.model, held, batch_size=settings.train.batch_size)
+    with one_thread():  # as the clients score, whose untrained adapters add nothing
+        dense = score_domains(loaded.model, held, batch_size=settings.train.batch_size)
     shared = {
         "model": loaded.name,
         "model_fingerprint": loaded.fingerprint,

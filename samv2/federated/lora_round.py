@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from samv2.common.errors import FederationError
+from samv2.common.quiet import no_progress_bars
 from samv2.common.settings import Settings, TrainSettings
 from samv2.data.shards import load_client
 from samv2.data.tokens import sample_batch
@@ -79,7 +80,8 @@ class LoraResult:
 def load_lora_runtime(place: LoraPlace) -> LoraRuntime:
     """Load the dense model and put the method's adapters on it."""
     settings = place.settings
-    loaded = load_llama(settings.model.path, dtype=DTYPES[settings.model.dtype])
+    with no_progress_bars():
+        loaded = load_llama(settings.model.path, dtype=DTYPES[settings.model.dtype])
     add_lora(
         loaded.model,
         rank=settings.adapter.rank,

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from samv2.common.config import to_flat
-from samv2.common.errors import CheckpointError
+from samv2.common.errors import CheckpointError, ConfigError
 from samv2.common.files import write_json
 from samv2.common.settings import Settings
 from samv2.common.telemetry import MetricsLog, read_metrics
@@ -85,10 +85,18 @@ def run_lora(
         SamError: with everything up to the last completed round on disk.
     """
     chosen = lora_method(method)
+    if settings.federation.clients_per_round and not chosen.averaged:
+        raise ConfigError(
+            [
+                f"federation.clients_per_round is "
+                f"{settings.federation.clients_per_round}, but method {method!r} trains "
+                "all clients each round; set it to 0"
+            ]
+        )
     run = open_run(root, settings, resume=resume, overwrite=overwrite)
     prepared = _prepare(run, settings, chosen, text, console)
     place = LoraPlace(
-        shards=Path(prepared["shards"]),
+        shards=(text or run.shards).resolve(),
         states=run.states.resolve(),
         settings=settings,
         method=method,
@@ -112,14 +120,19 @@ def _prepare(
     text: Path | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Shards and what identifies the run; read where an earlier start wrote it."""
+    """Make the shards, unless they are given, and hold the run to what it began with."""
     begin = time.perf_counter()
     source = resolve_model(settings.model.path, progress=console.print)
     folder = model_folder(source, progress=console.print)
     found: dict[str, Any] = {
         "method": method.name,
+        "model": source.name,
         "fingerprint": model_fingerprint(folder),
     }
+    if text is None and not run.prepared.is_file():
+        made = make_text(run, read_tokenizer(folder), settings, console)
+        say_text(made, console)
+    found["corpus_sha256"] = load_index(text or run.shards).corpus_sha256
     if run.prepared.is_file():
         stored = json.loads(run.prepared.read_text(encoding="utf-8"))
         for key, value in found.items():
@@ -129,16 +142,7 @@ def _prepare(
                     f"{value!r}; use another --log-dir, or --overwrite"
                 )
         return stored
-    if text is None:
-        made = make_text(run, read_tokenizer(folder), settings, console)
-        say_text(made, console)
-        text = run.shards
-    found |= {
-        "model": source.name,
-        "shards": str(Path(text).resolve()),
-        "corpus_sha256": load_index(Path(text)).corpus_sha256,
-        "seconds": {"prepare": time.perf_counter() - begin},
-    }
+    found["seconds"] = {"prepare": time.perf_counter() - begin}
     write_json(run.prepared, found)
     return found
 

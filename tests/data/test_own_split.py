@@ -10,6 +10,7 @@ from samv2.common.errors import DataError
 from samv2.data.corpus import PartSizes, build_corpus
 from samv2.data.sources import domain_identity
 from samv2.data.user_text import own_split, read_own_split
+from samv2.federated.evaluation import read_own_texts
 
 REPEATED = "a line that is long enough to count as one, and that stands twice here\n"
 
@@ -57,6 +58,11 @@ def test_the_identity_follows_the_files(tmp_path: Path) -> None:
     before = domain_identity(f"own={folder}")
     write(folder, heldout="three")
     assert domain_identity(f"own={folder}") != before
+
+
+def test_an_evaluation_reads_the_held_out_part(tmp_path: Path) -> None:
+    folder = write(tmp_path / "own", train="trained on", heldout="kept\n\nback")
+    assert read_own_texts([f"own={folder}"]) == {"own": ["kept\n\nback"]}
 
 
 @pytest.mark.parametrize(

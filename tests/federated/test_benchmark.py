@@ -13,8 +13,9 @@ import tomli_w
 from matplotlib.image import imread
 from rich.console import Console
 
-from samv2.common.config import to_flat
+from samv2.common.config import load_settings, to_flat
 from samv2.common.errors import CheckpointError, ConfigError, DataError
+from samv2.configs import config_path
 from samv2.data.shard_files import load_federated_text
 from samv2.federated import benchmark as module
 from samv2.federated.benchmark import (
@@ -31,7 +32,11 @@ from samv2.federated.benchmark_report import (
     report_table,
     title_of,
 )
-from samv2.federated.benchmark_settings import Benchmark, load_benchmark
+from samv2.federated.benchmark_settings import (
+    DEFAULT_METHODS,
+    Benchmark,
+    load_benchmark,
+)
 from samv2.federated.run_folder import stored_settings
 from tests.federated.runs import SMALL, quiet
 
@@ -135,9 +140,11 @@ def test_all_methods_hold_the_same_tokens(
     for left, right in zip(ours.clients, theirs.clients, strict=True):
         assert left.train.equal(right.train)
         assert left.heldout.keys() == right.heldout.keys()
+    checksums = finished[1]["protocol"]["corpus_sha256"]
     for name in ("fedit", "local"):
-        prepared = json.loads((root / name / "prepared.json").read_text())
-        assert prepared["shards"] == str((root / "text/shards").resolve())
+        assert not (root / name / "shards").exists()
+        summary = json.loads((root / name / "summary.json").read_text())
+        assert summary["corpus_sha256"] == checksums
 
 
 def test_other_tokens_are_refused(
@@ -257,6 +264,12 @@ def test_every_fault_of_a_file_is_listed(config: Path, tmp_path: Path) -> None:
         load_benchmark(config, [])
 
 
+def test_tables_of_methods_are_for_the_benchmark(config: Path) -> None:
+    with pytest.raises(ConfigError, match="for `samv2 bench-federation`") as caught:
+        load_settings(config)
+    assert len(caught.value.faults) == 1
+
+
 def test_an_expert_graph_is_no_start_for_all(config: Path, expert_folder: Path) -> None:
     with pytest.raises(ConfigError, match="name the dense model"):
         load_benchmark(config, ["fedit"], [f"model.path={expert_folder}"])
@@ -270,9 +283,6 @@ def test_a_file_may_name_more_sam_methods(config: Path) -> None:
 
 @pytest.mark.parametrize("name", ["protocol_a", "protocol_b2"])
 def test_the_shipped_protocols_are_sound(name: str) -> None:
-    from samv2.configs import config_path
-    from samv2.federated.benchmark_settings import DEFAULT_METHODS
-
     made = load_benchmark(config_path(name), DEFAULT_METHODS)
     assert made.base.federation.clients == len(made.base.data.domains)
     lora = made.methods["fedit"].adapter

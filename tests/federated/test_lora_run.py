@@ -28,6 +28,9 @@ from samv2.federated.lora_round import (
     train_lora_round,
 )
 from samv2.federated.lora_run import ADAPTER, run_lora
+from samv2.federated.run_folder import load_model_or_run
+from samv2.federated.server_app import run_embedded
+from samv2.federated.strategy import sample_nodes
 from samv2.models.bootstrap import bootstrap
 from samv2.models.lora import write_lora
 from tests.federated.runs import assert_same_bits, quiet, small_settings
@@ -240,8 +243,40 @@ def test_another_method_or_model_is_refused(
         run(settings, tmp_path, "fedsam")
     with pytest.raises(CheckpointError, match="method 'fedit', not 'local'"):
         run(settings, finished["fedit"], "local", resume=True)
+    other = finished["fedit"].parent / "other-text"
+    run(small_settings(settings.model.path, *LEARNING, "seed=1"), other, "fedit")
+    with pytest.raises(CheckpointError, match="started with corpus_sha256"):
+        run(settings, finished["fedit"], "fedit", resume=True, text=other / "shards")
+    sampled = small_settings(settings.model.path, "federation.clients_per_round=1")
+    with pytest.raises(ConfigError, match="'local' trains all clients each round"):
+        run(sampled, tmp_path, "local")
     with pytest.raises(CheckpointError, match="--resume"):
         run(settings, finished["fedit"], "fedit")
+
+
+def test_a_baseline_is_no_sam_run(
+    finished: dict[str, Path], settings: Settings
+) -> None:
+    with pytest.raises(CheckpointError, match="baseline 'fedit', which has no expert"):
+        load_model_or_run(finished["fedit"])
+    with pytest.raises(CheckpointError, match="baseline 'local'"):
+        run_embedded(settings, finished["local"], resume=True, console=quiet())
+
+
+def test_a_sampled_round_averages_the_clients_that_were_asked(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """As in a SAM-v2 run, seed and round choose them."""
+    one = small_settings(
+        settings.model.path, *LEARNING, "federation.clients_per_round=1"
+    )
+    run(one, tmp_path, "fedit")
+    runtime = runtime_of(tmp_path, one, "fedit")
+    sent = [train_lora_round(runtime, [c], 1, runtime.start).adapters for c in (0, 1)]
+    (chosen,) = sample_nodes({100: 0, 101: 1}, 1, one.seed, 1).values()
+    assert_same_bits(adapters(tmp_path, 1), sent[chosen])
+    row = read_metrics(tmp_path)[0]
+    assert row["clients"] == 1 and row["bytes_up"] == row["bytes_up_per_client"]
 
 
 def test_a_client_that_fails_twice_stops_the_run(
