@@ -1,6 +1,7 @@
 """One file a verb; each registers its arguments and runs with the parsed ones."""
 
 from samv2.commands import (
+    bench_federation,
     bootstrap,
     demo,
     doctor,
@@ -11,4 +12,14 @@ from samv2.commands import (
     train,
 )
 
-COMMANDS = (demo, bootstrap, train, evaluate, report, export, inspect_frame, doctor)
+COMMANDS = (
+    demo,
+    bootstrap,
+    train,
+    evaluate,
+    report,
+    export,
+    inspect_frame,
+    bench_federation,
+    doctor,
+)

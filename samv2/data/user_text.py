@@ -1,9 +1,13 @@
-"""A user's own text as a domain: a .txt file, a folder of them, or a .jsonl file."""
+"""A user's own text as a domain: a .txt file, a folder of them, or a .jsonl file.
+
+A folder that holds ``train.txt`` and ``heldout.txt`` comes with its own split.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from samv2.common.errors import DataError
@@ -11,6 +15,8 @@ from samv2.common.wheel_cache import file_sha256
 
 DOCUMENT_BYTES = 16 * 1024
 """Longest document made of a .txt file, in UTF-8 bytes."""
+SPLIT_PARTS = ("train", "heldout", "calibration")
+"""Names, without .txt, of the files of a folder with its own split."""
 
 
 def read_user_text(path: Path) -> list[str]:
@@ -32,6 +38,74 @@ def read_user_text(path: Path) -> list[str]:
     if not documents:
         raise DataError(f"{path} holds no text: every document in it is blank.")
     return documents
+
+
+def own_split(path: Path) -> dict[str, Path] | None:
+    """The files of a folder that comes with its own split, by part.
+
+    Args:
+        path: a folder with ``train.txt`` and ``heldout.txt``, and ``calibration.txt`` if
+            that is there; anything else has no split of its own.
+
+    Raises:
+        DataError: a folder with ``heldout.txt`` but not ``train.txt``, or with a split
+            and other .txt files beside it.
+    """
+    if not path.is_dir():
+        return None
+    known = {part: path / f"{part}.txt" for part in SPLIT_PARTS}
+    found = {part: file for part, file in known.items() if file.is_file()}
+    if "heldout" not in found:
+        return None
+    if "train" not in found:
+        raise DataError(
+            f"The folder {path} holds heldout.txt but no train.txt: add it, or rename "
+            "heldout.txt if the text shall be divided here."
+        )
+    others = sorted({f.name for f in _files(path) if f not in found.values()})
+    if others:
+        raise DataError(
+            f"The folder {path} comes with its own split (train.txt, heldout.txt), but "
+            f"also holds {', '.join(others)}: keep one or the other."
+        )
+    return found
+
+
+def read_own_split(
+    files: Mapping[str, Path], calibration_bytes: int
+) -> dict[str, tuple[str, ...]]:
+    """Read a split as it is: every file is one document, nothing is removed or moved.
+
+    Args:
+        files: see :func:`own_split`.
+        calibration_bytes: without a calibration file, this much of the head of the train
+            text is calibration text instead, in UTF-8 bytes; 0 leaves it out.
+
+    Returns:
+        Documents of ``train``, ``calibration`` and ``heldout``.
+
+    Raises:
+        DataError: a file is blank or not UTF-8, or too short to give calibration text.
+    """
+    texts = {part: _read(file) for part, file in files.items()}
+    for part, file in files.items():
+        if not texts[part].strip():
+            raise DataError(f"{file} holds no text: every part of a split needs some.")
+    if "calibration" not in texts and calibration_bytes:
+        whole = texts["train"].encode()
+        head = whole[:calibration_bytes].decode("utf-8", "ignore")
+        texts["calibration"] = head
+        texts["train"] = texts["train"][len(head) :]
+        if not texts["train"].strip():
+            raise DataError(
+                f"{files['train']} has {len(whole):,} bytes, all of which calibration "
+                f"would take ({calibration_bytes:,}): add text or a calibration.txt, or "
+                "lower data.calibration_bytes."
+            )
+    return {
+        part: (texts[part],) if texts.get(part) else ()
+        for part in ("train", "calibration", "heldout")
+    }
 
 
 def user_text_identity(path: Path) -> str:
@@ -97,13 +171,17 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _documents(file: Path) -> list[str]:
+def _read(file: Path) -> str:
     try:
-        content = file.read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} is not UTF-8 text (byte {error.start}): convert it to UTF-8."
         ) from error
+
+
+def _documents(file: Path) -> list[str]:
+    content = _read(file)
     if file.suffix != ".jsonl":
         return split_text(content)
     lines = enumerate(content.split("\n"), start=1)

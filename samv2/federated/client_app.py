@@ -25,6 +25,7 @@ from samv2.federated.grid import (
     counts_to_record,
     reply_to_record,
     request_from_record,
+    wants_counts,
 )
 from samv2.federated.run_folder import RunFolder, run_model
 from samv2.federated.siblings import pack_counts
@@ -60,12 +61,12 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        client, here = client_index(context), where(context)
-        shard = load_client(here.shards, client)
+        client = client_index(context)
+        shard = load_client(where(context).shards, client)
         metrics = MetricRecord({"client": client, "train-tokens": len(shard.train)})
         facts = ConfigRecord({"domains": ",".join(shard.heldout)})
         content = RecordDict({"metrics": metrics, "facts": facts})
-        if here.settings.adapter.siblings > 1:
+        if wants_counts(message.content):
             content["counts"] = counts_to_record(pack_counts(shard.train))
         return Message(content, reply_to=message)
 

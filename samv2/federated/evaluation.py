@@ -19,7 +19,7 @@ from samv2.common.settings import Settings
 from samv2.data.shards import load_federated_text
 from samv2.data.sources import parse_domain
 from samv2.data.tokens import tokenize_documents, windows
-from samv2.data.user_text import read_user_text
+from samv2.data.user_text import own_split, read_own_split, read_user_text
 from samv2.federated.heldout import Held, heldout_windows, score_domains
 from samv2.federated.run_folder import (
     RunFolder,
@@ -115,7 +115,7 @@ def _dense(settings: Settings, console: Console) -> Any:
 
 
 def read_own_texts(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Documents of every ``NAME=FILE``.
+    """Documents of every ``NAME=FILE``; held-out ones of a folder with its own split.
 
     Raises:
         DataError: not of that form, a name given twice, or a file without text.
@@ -127,7 +127,10 @@ def read_own_texts(texts: Sequence[str]) -> dict[str, list[str]]:
             raise DataError(f"--text is {item!r}; write NAME=FILE")
         if name in own:
             raise DataError(f"--text names {name!r} twice; give each its own name")
-        own[name] = read_user_text(path)
+        if files := own_split(path):
+            own[name] = list(read_own_split(files, 0)["heldout"])
+        else:
+            own[name] = read_user_text(path)
     return own
 
 

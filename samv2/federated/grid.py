@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -131,12 +131,22 @@ def reply_from_record(record: RecordDict) -> TrainReply:
         ) from None
 
 
+def counts_request() -> RecordDict:
+    """The content of a query that asks for token counts."""
+    return RecordDict({"wanted": ConfigRecord({"token-counts": True})})
+
+
+def wants_counts(record: RecordDict) -> bool:
+    """Whether a query asks for token counts."""
+    return "wanted" in record and bool(record["wanted"].get("token-counts"))
+
+
 def counts_to_record(frame: bytes) -> ArrayRecord:
     """A client's token counts as a Flower record."""
     return ArrayRecord({"counts": _array(frame, FRAME_STYPE)})
 
 
-def counts_from_record(record: RecordDict) -> bytes:
+def counts_from_record(record: Mapping[str, Any]) -> bytes:
     """Read an untrusted frame of token counts.
 
     Raises:

@@ -27,7 +27,7 @@ from samv2.data.shards import FederatedText
 from samv2.data.sources import parse_domains
 from samv2.experts.emoe_cluster import ClusterStats, format_stats
 from samv2.federated.heldout import heldout_windows, score_domains
-from samv2.federated.run_folder import RunFolder, run_model
+from samv2.federated.run_folder import RunFolder, refuse_baseline, run_model
 from samv2.federated.run_logs import (
     perplexities,
     write_call_trace,
@@ -101,6 +101,7 @@ def prepare(run: RunFolder, settings: Settings, console: Console) -> Prepared:
         ConfigError, DataError, ModelError, FetchError: what is wrong, before long work.
     """
     if run.prepared.is_file():
+        refuse_baseline(run)
         return _read(run)
     parse_domains(settings.data.domains)
     given = Path(settings.model.path)

@@ -59,7 +59,7 @@ class RoundTable:
         cells = [
             f"{row['train_loss']:.3f}",
             f"{row['bytes_up_per_client'] / 1000:.1f} kB",
-            str(row["edits"]),
+            str(row.get("edits", "-")),
             str(row["refused"]) if row["refused"] else "-",
             f"{sum(row['seconds'].values()):.0f} s",
         ]

@@ -30,6 +30,7 @@ CHANGEABLE = (
 )
 """Settings that may differ when a run is resumed."""
 _OWN_FOLDERS = (
+    "adapter",
     "model",
     "shards",
     "clients",
@@ -139,6 +140,22 @@ def open_run(
     return run
 
 
+def refuse_baseline(run: RunFolder) -> None:
+    """Refuse the directory of a LoRA baseline, which has no expert graph.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    try:
+        method = json.loads(run.prepared.read_text(encoding="utf-8"))["method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    raise CheckpointError(
+        f"{run.root} holds a run of the baseline {method!r}, which has no expert graph; "
+        "its scores are in summary.json, its adapter in adapter/"
+    )
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run directory."""
     return RunFolder(root=Path(folder)).config.is_file()
@@ -180,6 +197,7 @@ def load_model_or_run(
             "with `samv2 train` or `samv2 bootstrap`"
         )
     run = RunFolder(root=folder)
+    refuse_baseline(run)
     source = run_model(run, stored_settings(folder))
     model, tokenizer = load_expert_model(source)
     path = latest_checkpoint(run.checkpoints)

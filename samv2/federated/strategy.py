@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +22,7 @@ from flwr.app import (
 )
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
 
 from samv2.common.errors import FederationError, FrameError
 from samv2.common.settings import Settings
@@ -35,6 +35,7 @@ from samv2.federated.client_round import (
 )
 from samv2.federated.grid import (
     counts_from_record,
+    counts_request,
     message_to,
     reply_from_record,
     request_to_record,
@@ -164,9 +165,9 @@ class SamStrategy(Strategy):
         """
         rounds = num_rounds or self.settings.federation.rounds
         wait = timeout or self.settings.federation.round_timeout
-        counts = self.enrol(grid)
-        if self._gate_is_open():
-            self._fit_siblings(counts)
+        self.enrol(grid)
+        if self._lacks_gate():
+            self.fit_siblings(grid)
         if self._on_start is not None:
             self._on_start(self._evaluate(grid, self.state.round, wait))
         while self.state.round < rounds:
@@ -205,70 +206,32 @@ class SamStrategy(Strategy):
         messages = self.configure_train(current, ArrayRecord(), ConfigRecord(), grid)
         return grid.send_and_receive(messages, timeout=timeout)
 
-    def enrol(self, grid: Grid) -> dict[int, bytes]:
-        """Wait for the run's clients and learn which node is which client.
+    def enrol(self, grid: Grid) -> None:
+        """Wait for the run's clients, see :func:`enrol_clients`."""
+        self._clients = enrol_clients(grid, self.settings.federation.clients)
 
-        Returns:
-            {client: frame of token counts}, of those that sent one.
+    def fit_siblings(self, grid: Grid) -> None:
+        """Ask how often tokens occur in the clients' text, and fit the siblings' gate.
 
         Raises:
-            FederationError: too few nodes, or two nodes claim the same client.
+            FederationError: not one client has sent counts that can be used.
         """
-        wanted = self.settings.federation.clients
-        deadline = time.monotonic() + ENROL_SECONDS
-        while len(nodes := sorted(grid.get_node_ids())) < wanted:
-            if time.monotonic() > deadline:
-                raise FederationError(
-                    f"{len(nodes)} of {wanted} clients are connected after "
-                    f"{ENROL_SECONDS:g} s; start the missing ones or lower "
-                    "federation.clients"
-                )
-            time.sleep(0.5)
         messages = [
-            message_to(grid, node, RecordDict(), MessageType.QUERY, "enrol")
-            for node in nodes
+            message_to(grid, node, counts_request(), MessageType.QUERY, "siblings")
+            for node in self._clients
         ]
-        clients: dict[int, int] = {}
-        counts: dict[int, bytes] = {}
-        failures: list[str] = []
+        counts: dict[int, Tensor] = {}
         for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
-            client = _client_of(reply)
-            if client is None:
-                failures.append(_first_line(reply))
+            client = self._clients.get(reply.metadata.src_node_id)
+            if client is None or client in counts:
                 continue
-            if client in clients.values():
-                raise FederationError(
-                    f"two nodes hold client {client}; give each its own partition-id"
-                )
-            clients[reply.metadata.src_node_id] = client
-            if self.settings.adapter.siblings > 1:
-                with suppress(FrameError):  # named when the gate is fitted
-                    counts[client] = counts_from_record(reply.content)
-        missing = sorted(set(range(wanted)) - set(clients.values()))
-        if missing:
-            raise FederationError(
-                f"clients {missing} are not there ({'; '.join(failures) or 'no answer'}); "
-                "check that each node has its own partition-id and its shard"
-            )
-        self._clients = {n: c for n, c in sorted(clients.items()) if 0 <= c < wanted}
-        return {client: counts[client] for client in range(wanted) if client in counts}
-
-    def _gate_is_open(self) -> bool:
-        """Whether there are siblings, and nobody has said yet what each is for."""
-        siblings = self.settings.adapter.siblings
-        return siblings > 1 and not bool(
-            self.state.blocks[max(self.manifest.ids)].any()
-        )
-
-    def _fit_siblings(self, frames: dict[int, bytes]) -> None:
-        counts = {}
-        for client in self._clients.values():
             try:
-                counts[client] = unpack_counts(frames.get(client, b""))
+                frame = counts_from_record(reply.content if reply.has_content() else {})
+                counts[client] = unpack_counts(frame)
             except FrameError as error:
-                log.warning(
-                    "client %d: its token counts are refused: %s", client, error
-                )
+                log.warning("client %d: token counts refused: %s", client, error)
+                continue
+            self.gate_bytes = max(self.gate_bytes, len(frame))
         if not counts:
             raise FederationError(
                 "no client has sent token counts, which tell the siblings' kinds of text "
@@ -277,8 +240,12 @@ class SamStrategy(Strategy):
         siblings = self.settings.adapter.siblings
         gate_block = max(self.manifest.ids)
         self.state, members = fit_siblings(self.state, counts, siblings, gate_block)
-        self.gate_bytes = max(len(frames[client]) for client in counts)
         log.info("siblings by client: %s", members)
+
+    def _lacks_gate(self) -> bool:
+        """Whether there are siblings, and nobody has said yet what each is for."""
+        siblings = self.settings.adapter.siblings
+        return siblings > 1 and not self.state.blocks[max(self.manifest.ids)].any()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -369,7 +336,7 @@ class SamStrategy(Strategy):
                     "round %d: node %d has not scored its held-out text: %s",
                     server_round,
                     message.metadata.src_node_id,
-                    _first_line(message),
+                    first_line(message),
                 )
         federation = self.settings.federation
         length = self.settings.train.sequence_length
@@ -391,10 +358,7 @@ class SamStrategy(Strategy):
 
     def _sample(self, server_round: int) -> dict[int, int]:
         count = self.settings.federation.clients_per_round or len(self._clients)
-        by_client = {client: node for node, client in self._clients.items()}
-        generator = np.random.default_rng([self.settings.seed, server_round])
-        chosen = generator.choice(sorted(by_client), size=count, replace=False)
-        return {by_client[int(client)]: int(client) for client in sorted(chosen)}
+        return sample_nodes(self._clients, count, self.settings.seed, server_round)
 
     def _graph_for(self, node: int) -> GraphMessage:
         """Edits where the client is at most one version behind, else the full graph."""
@@ -462,6 +426,66 @@ class SamStrategy(Strategy):
         return valid, refusals
 
 
+def enrol_clients(grid: Grid, wanted: int) -> dict[int, int]:
+    """Wait for a run's clients and learn which node is which client.
+
+    Returns:
+        {node id: client}, by node.
+
+    Raises:
+        FederationError: too few nodes, or two nodes claim the same client.
+    """
+    deadline = time.monotonic() + ENROL_SECONDS
+    while len(nodes := sorted(grid.get_node_ids())) < wanted:
+        if time.monotonic() > deadline:
+            raise FederationError(
+                f"{len(nodes)} of {wanted} clients are connected after "
+                f"{ENROL_SECONDS:g} s; start the missing ones or lower "
+                "federation.clients"
+            )
+        time.sleep(0.5)
+    messages = [
+        message_to(grid, node, RecordDict(), MessageType.QUERY, "enrol")
+        for node in nodes
+    ]
+    clients: dict[int, int] = {}
+    failures: list[str] = []
+    for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
+        client = _client_of(reply)
+        if client is None:
+            failures.append(first_line(reply))
+            continue
+        if client in clients.values():
+            raise FederationError(
+                f"two nodes hold client {client}; give each its own partition-id"
+            )
+        clients[reply.metadata.src_node_id] = client
+    missing = sorted(set(range(wanted)) - set(clients.values()))
+    if missing:
+        raise FederationError(
+            f"clients {missing} are not there ({'; '.join(failures) or 'no answer'}); "
+            "check that each node has its own partition-id and its shard"
+        )
+    return {n: c for n, c in sorted(clients.items()) if 0 <= c < wanted}
+
+
+def sample_nodes(
+    clients: Mapping[int, int], count: int, seed: int, server_round: int
+) -> dict[int, int]:
+    """A round's clients, which depend on seed and round alone.
+
+    Args:
+        clients: {node id: client} of the run.
+        count: how many to take.
+        seed: of the run.
+        server_round: from 1.
+    """
+    by_client = {client: node for node, client in clients.items()}
+    generator = np.random.default_rng([seed, server_round])
+    chosen = generator.choice(sorted(by_client), size=count, replace=False)
+    return {by_client[int(client)]: int(client) for client in sorted(chosen)}
+
+
 def _refusal(client: int, reason: str, detail: str) -> Refusal:
     """A refusal whose text cannot flood a log or steer a terminal."""
     shown = detail[:LONGEST_DETAIL].strip() or "no detail"
@@ -469,7 +493,8 @@ def _refusal(client: int, reason: str, detail: str) -> Refusal:
     return Refusal(client=client, reason=reason, detail=clean)
 
 
-def _first_line(reply: Message) -> str:
+def first_line(reply: Message) -> str:
+    """Why a reply is none, in one line."""
     if not reply.has_error():
         return f"node {reply.metadata.src_node_id} names no client"
     return _refusal(-1, "client_error", reply.error.reason or "").detail.splitlines()[0]

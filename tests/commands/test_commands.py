@@ -21,7 +21,16 @@ from samv2.federated.run_folder import load_model_or_run
 from tests.federated.runs import SMALL
 from tests.helpers import assert_close, stdlib_text
 
-VERBS = ("demo", "bootstrap", "train", "eval", "export", "inspect", "doctor")
+VERBS = (
+    "demo",
+    "bootstrap",
+    "train",
+    "eval",
+    "export",
+    "inspect",
+    "bench-federation",
+    "doctor",
+)
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,17 @@ def test_biomed_joins_name_definition_and_comment(tmp_path: Path) -> None:
     assert extractors.biomed(tmp_path) == ['Ache: A "dull" pain.\nOften\nlong.']
 
 
+def test_wordnets_give_their_longer_definitions(tmp_path: Path) -> None:
+    texts = [f"the {i}th &lt;thing&gt; that is defined here" for i in range(21)]
+    entries = "".join(f"<SYNSET><DEF>{text}</DEF></SYNSET>" for text in texts)
+    for name in ("english_wordnet_version_31", "turkish_wordnet"):
+        write(tmp_path, f"{name}.xml", f"<SYNSETS><DEF>short</DEF>{entries}</SYNSETS>")
+    first, second = extractors.glosses(tmp_path)
+    assert first.split("\n")[0] == "the 0th <thing> that is defined here"
+    assert second == "the 20th <thing> that is defined here"
+    assert extractors.turkish(tmp_path) == [first, second]
+
+
 def test_icd_puts_codes_before_descriptions(tmp_path: Path) -> None:
     xml = "<diag><name>A00</name><desc>Cholera &amp; co</desc><note>see B</note></diag>"
     write(tmp_path, "simple_icd_10_cm/data/icd10c-tabular-2026.xml", xml)

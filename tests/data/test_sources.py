@@ -27,7 +27,7 @@ from samv2.data.user_text import split_text
 
 def test_the_table_names_all_domains() -> None:
     wheels = "legal bible biomed chat wiki politics factbook icd quotes"
-    installed = "python cpp math apidoc pydoc"
+    installed = "python cpp math apidoc pydoc glosses turkish"
     assert set(available_domains()) == {*wheels.split(), *installed.split()}
     assert {n for n, s in SOURCES.items() if s.version} == set(wheels.split())
 
