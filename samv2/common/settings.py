@@ -185,7 +185,9 @@ class FederationSettings:
     clip_update_norm: float = 0.0
     """L2 norm that a client's update is scaled down to; 0 means no clipping."""
     eval_windows: int = 8
-    """Held-out windows a client and domain that are scored each round."""
+    """Held-out windows a client and domain that are scored."""
+    eval_every: int = 1
+    """Rounds from one scoring of held-out text to the next; the last is always scored."""
     round_timeout: float = 3600.0
     """Seconds after which the replies of a round that are missing are given up."""
 
@@ -329,7 +331,14 @@ def _train_faults(settings: Settings) -> Iterator[str]:
 
 def _federation_faults(settings: Settings) -> Iterator[str]:
     federation, edits = settings.federation, settings.edits
-    for name in ("rounds", "clients", "min_replies", "max_examples", "eval_windows"):
+    for name in (
+        "rounds",
+        "clients",
+        "min_replies",
+        "max_examples",
+        "eval_windows",
+        "eval_every",
+    ):
         yield from _below(f"federation.{name}", getattr(federation, name), 1)
     for name in ("workers", "clients_per_round", "send_experts", "clip_update_norm"):
         yield from _below(f"federation.{name}", getattr(federation, name), 0)

@@ -31,6 +31,7 @@ from samv2.federated.client_state import (
 )
 from samv2.federated.heldout import heldout_windows, score_domains
 from samv2.federated.local_step import LocalResult, local_step
+from samv2.federated.siblings import pack_counts
 from samv2.federated.usage import pack_usage
 from samv2.models.adapters import assembler_id, layers_of_blocks
 from samv2.models.expert_model import ExpertModel
@@ -161,7 +162,8 @@ def train_round(
     )
     trained = runtime.model.read_blocks()
     update = {key: trained[key] - received[key] for key in trained}
-    frame, residual = _pack_update(runtime, update, request.round, client)
+    budget = round_budget(settings, shard, request.round)
+    frame, residual = _pack_update(runtime, update, budget, request.round, client)
     save_client_state(
         folder, ClientState(residual=residual, graph=graph), round=request.round
     )
@@ -272,6 +274,14 @@ def own_siblings(runtime: ClientRuntime, shard: ClientShard) -> tuple[int, ...] 
     return runtime.model.active_siblings(tokens_NS)
 
 
+def round_budget(settings: Settings, shard: ClientShard, round: int) -> int:
+    """Most bytes of a round's update; token counts are taken off the first round's."""
+    budget = settings.federation.update_budget_bytes
+    if round > 1 or settings.adapter.siblings == 1:
+        return budget
+    return budget - len(pack_counts(shard.train))
+
+
 def learning_rate(settings: Settings, round: int) -> float:
     """The optimiser's learning rate in one round, from 1."""
     start, rounds = settings.train.learning_rate, settings.federation.rounds
@@ -310,6 +320,7 @@ def _with_own(
 def _pack_update(
     runtime: ClientRuntime,
     update: dict[int, Tensor],
+    budget: int,
     round: int,
     client: int,
 ) -> tuple[bytes, dict[int, Tensor]]:
@@ -317,13 +328,14 @@ def _pack_update(
 
     Args:
         update: trained minus received, so it holds what earlier rounds did not send.
+        budget: most bytes of the frame.
     """
     federation = runtime.settings.federation
     layers = runtime.model.expert_layers
     chosen = select_blocks(
         update,
         codec=federation.codec,
-        update_budget_bytes=federation.update_budget_bytes,
+        update_budget_bytes=budget,
         send_experts=federation.send_experts,
         layer_of=layers_of_blocks(layers),
         always=[assembler_id(layers)],
@@ -331,7 +343,7 @@ def _pack_update(
     if not chosen:
         raise FederationError(
             "nothing was trained: every block of the update is zero or larger than "
-            f"federation.update_budget_bytes = {federation.update_budget_bytes}"
+            f"the {budget} bytes that federation.update_budget_bytes leaves"
         )
     feedback = federation.error_feedback
     frame = pack(

@@ -33,6 +33,7 @@ from samv2.federated.lora_methods import LoraMethod
 from samv2.federated.strategy import (
     enrol_clients,
     first_line,
+    is_scored,
     sample_nodes,
     sum_scores,
 )
@@ -144,7 +145,9 @@ class LoraFedAvg(FedAvg):
         averaged, metrics = self.aggregate_train(current, replies)
         merged = time.perf_counter()
         assert averaged is not None and metrics is not None, "there are replies"
-        scores = self._evaluate(grid, current, averaged, timeout)
+        scores: dict[str, Score] = {}
+        if is_scored(self.settings, current):
+            scores = self._evaluate(grid, current, averaged, timeout)
         if self._on_round is not None:
             seconds = {
                 "train": trained - begin,

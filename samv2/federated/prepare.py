@@ -26,6 +26,7 @@ from samv2.common.telemetry import progress_bar
 from samv2.data.shards import FederatedText
 from samv2.data.sources import parse_domains
 from samv2.experts.emoe_cluster import ClusterStats, format_stats
+from samv2.experts.sibling_gate import BUCKETS
 from samv2.federated.heldout import heldout_windows, score_domains
 from samv2.federated.run_folder import RunFolder, refuse_baseline, run_model
 from samv2.federated.run_logs import (
@@ -39,6 +40,7 @@ from samv2.federated.run_text import (
     say_text,
     traced_sequences,
 )
+from samv2.federated.siblings import COUNTS_CODEC
 from samv2.models.bootstrap import (
     Bootstrapped,
     bootstrap,
@@ -127,6 +129,9 @@ def check_budget(config: PretrainedConfig, settings: Settings) -> None:
     rows = config.intermediate_size // experts
     block = 3 * rows * settings.adapter.rank + config.hidden_size + 2 + experts
     needed = FRAME_BYTES + packed_bound(block, federation.codec)
+    if settings.adapter.siblings > 1:  # round 1 has token counts too
+        buckets = min(BUCKETS, config.vocab_size)
+        needed += FRAME_BYTES + packed_bound(buckets, COUNTS_CODEC)
     if federation.update_budget_bytes < needed:
         raise ConfigError(
             [

@@ -77,11 +77,12 @@ class RoundTable:
             self._live.update(self._table, refresh=True)
             return
         domains = "  ".join(f"{key} {_number(v)}" for key, v in perplexity.items())
+        scored = f"perplexity {domains}  " if domains else ""
         labels = ("loss", "up/client", "edits", "refused", "time")
         rest = "  ".join(
             f"{label} {cell}" for label, cell in zip(labels, cells) if cell
         )
-        self._console.print(f"  round {name}: perplexity {domains}  {rest}".rstrip())
+        self._console.print(f"  round {name}: {scored}{rest}".rstrip())
 
 
 def _empty(domains: list[str]) -> Table:

@@ -113,8 +113,8 @@ def federate(
 ) -> dict[str, Any]:
     """Run the rounds that are left on a grid, log each, and write the summary."""
     begin = time.perf_counter()
-    state, manifest, start_scores, spent = _restore(run, settings, prepared)
-    facts: dict[str, Any] = {"start": start_scores, "seconds": spent}
+    state, manifest, facts = _restore(run, settings, prepared)
+    start_scores, spent = facts["start"], facts["seconds"]
     log = MetricsLog(run.root, keep_rounds=state.round)
     with closing(log) as metrics, table:
         if start_scores is not None:
@@ -133,7 +133,7 @@ def federate(
 
         def on_start(scores: dict[str, Score]) -> None:
             facts["start"] = perplexities(scores)
-            facts["gate_bytes"] = strategy.gate_bytes
+            facts["gate_bytes"] = {str(k): v for k, v in strategy.gate_bytes.items()}
             checkpoint(strategy.state)
             table.start(facts["start"])
 
@@ -156,6 +156,7 @@ def federate(
             on_start=on_start if start_scores is None else None,
             on_round=on_round,
         )
+        strategy.gate_bytes = {int(k): v for k, v in facts["gate_bytes"].items()}
         strategy.start(grid)
     return _summarise(
         run,
@@ -188,16 +189,18 @@ def make_server_app() -> ServerApp:
 
 def _restore(
     run: RunFolder, settings: Settings, prepared: Prepared
-) -> tuple[ServerState, Manifest, dict[str, float | None] | None, dict[str, float]]:
-    """State, manifest, starting perplexities and seconds spent so far."""
+) -> tuple[ServerState, Manifest, dict[str, Any]]:
+    """State, manifest, and what is known of earlier starts: ``start`` perplexities
+    (None before they are scored), ``seconds`` spent, ``gate_bytes`` by client."""
     model, _ = load_expert_model(run_model(run, settings))
     blocks = model.read_blocks()
     manifest = Manifest.of(blocks)
+    facts: dict[str, Any] = {"start": None, "seconds": {}, "gate_bytes": {}}
     path = latest_checkpoint(run.checkpoints)
     if path is None:
-        return initial_state(blocks, model.graph), manifest, None, {}
+        return initial_state(blocks, model.graph), manifest, facts
     state, extra = load_checkpoint(path, model_fingerprint=prepared.fingerprint)
-    return state, manifest, extra["start"], extra["seconds"]
+    return state, manifest, facts | extra
 
 
 def _add(spent: Mapping[str, float], seconds: float) -> dict[str, float]:

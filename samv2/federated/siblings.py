@@ -18,13 +18,14 @@ from samv2.federated.server_merge import ServerState
 from samv2.updates.packing import Manifest, pack, unpack
 
 COUNTS = Manifest.of({0: torch.zeros(BUCKETS)})
+COUNTS_CODEC = "bf16"
 ROUND = 0
 """Frames of counts belong to no round of training."""
 
 
 def pack_counts(tokens_N: Tensor) -> bytes:
     """A client's token counts as a frame: 8,192 bfloat16 numbers at most, once a run."""
-    return pack({0: count_tokens(tokens_N)}, COUNTS, round=ROUND, codec="bf16")
+    return pack({0: count_tokens(tokens_N)}, COUNTS, round=ROUND, codec=COUNTS_CODEC)
 
 
 def unpack_counts(frame: bytes) -> Tensor:

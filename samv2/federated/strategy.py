@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import (
@@ -66,7 +66,7 @@ class RoundReport:
 
     merge: MergeReport
     scores: dict[str, Score]
-    """Held-out score by domain, summed over clients."""
+    """Held-out score by domain, summed over clients; empty where none was asked for."""
     bytes_down: int
     """Payload bytes sent to one client for training, the largest of the round."""
     bytes_down_all: int
@@ -137,8 +137,8 @@ class SamStrategy(Strategy):
         self._current = _Round()
         self._merge: MergeReport | None = None
         self._scores: dict[str, Score] = {}
-        self.gate_bytes = 0
-        """The largest frame of token counts of this start, bytes."""
+        self.gate_bytes: dict[int, int] = {}
+        """Bytes of token counts by client; they count as sent in round 1."""
 
     def summary(self) -> None:
         """Nothing: the run's own table says what happens."""
@@ -186,7 +186,9 @@ class SamStrategy(Strategy):
             trained = time.perf_counter()
             self.aggregate_train(current, replies)
         merged = time.perf_counter()
-        scores = self._evaluate(grid, current, timeout)
+        scores: dict[str, Score] = {}
+        if is_scored(self.settings, current):
+            scores = self._evaluate(grid, current, timeout)
         if self._on_round is not None and self._merge is not None:
             seconds = {
                 "train": trained - begin,
@@ -231,7 +233,7 @@ class SamStrategy(Strategy):
             except FrameError as error:
                 log.warning("client %d: token counts refused: %s", client, error)
                 continue
-            self.gate_bytes = max(self.gate_bytes, len(frame))
+            self.gate_bytes[client] = len(frame)
         if not counts:
             raise FederationError(
                 "no client has sent token counts, which tell the siblings' kinds of text "
@@ -419,11 +421,20 @@ class SamStrategy(Strategy):
                 refusals.append(_refusal(client, error.reason, detail))
                 continue
             self._known_version[node] = reply.graph_version
+            if self.state.round == 0:
+                sent = self.gate_bytes.get(client, 0)
+                checked = replace(checked, bytes_up=checked.bytes_up + sent)
             valid.append(checked)
         for node, client in silent.items():
             self._known_version.pop(node, None)
             refusals.append(_refusal(client, "no_reply", "no reply in time"))
         return valid, refusals
+
+
+def is_scored(settings: Settings, round: int) -> bool:
+    """Whether held-out text is scored after a round."""
+    federation = settings.federation
+    return round % federation.eval_every == 0 or round == federation.rounds
 
 
 def enrol_clients(grid: Grid, wanted: int) -> dict[int, int]:

@@ -323,7 +323,7 @@ class ExpertModel(nn.Module):
             **kwargs: passed to the Hugging Face model.
 
         Raises:
-            ModelError: left padding while an assembler is in use.
+            ModelError: left padding while an assembler or a sibling gate is in use.
         """
         self._refuse_left_padding(attention_mask)
         output = self.llama(
@@ -510,10 +510,13 @@ class ExpertModel(nn.Module):
         return self.expert_config.logit_scale(k)
 
     def _refuse_left_padding(self, attention_mask: Tensor | None) -> None:
-        if self.assembler is None or attention_mask is None:
+        if attention_mask is None or (
+            self.assembler is None and self.sibling_gate is None
+        ):
             return
         if not bool(attention_mask[:, 0].all()):
             raise ModelError(
-                "a sequence is padded on the left; the assembler reads leading "
-                "positions, so pad on the right (tokenizer.padding_side = 'right')"
+                "a sequence is padded on the left; the assembler and the siblings' gate "
+                "read leading positions, so pad on the right (tokenizer.padding_side = "
+                "'right')"
             )

@@ -17,7 +17,6 @@ from samv2.updates.sparsify import (
     packed_bound,
     select_blocks,
     top_k,
-    with_residual,
 )
 from tests.helpers import randn
 
@@ -131,20 +130,17 @@ def test_decoded_and_kept_add_up_to_the_update(
         assert torch.allclose(arrived + left, block, rtol=3e-7, atol=0)
 
 
-def test_residual_is_added_decayed_and_sparse() -> None:
+def test_residual_is_decayed_and_sparse() -> None:
     update = {0: torch.ones(2), 1: torch.ones(2)}
-    assert with_residual(update, {1: torch.tensor([0.5, -1.0])})[1].tolist() == [1.5, 0]
-    assert with_residual(update, {})[0].tolist() == [1, 1]
     kept = next_residual(update, {0: torch.ones(2)}, decay=0.5)
     assert list(kept) == [1] and kept[1].tolist() == [0.5, 0.5]
     assert next_residual(update, {}, decay=0) == {}
 
 
 def test_inputs_are_not_changed() -> None:
-    update, residual = {0: torch.ones(2)}, {0: torch.ones(2)}
-    full = with_residual(update, residual)
-    next_residual(full, {0: torch.ones(2)}, decay=0.5)
-    assert update[0].tolist() == residual[0].tolist() == [1, 1]
+    update, decoded = {0: torch.ones(2)}, {0: torch.full((2,), 0.25)}
+    next_residual(update, decoded, decay=0.5)
+    assert update[0].tolist() == [1, 1] and decoded[0].tolist() == [0.25, 0.25]
 
 
 @given(
