@@ -22,7 +22,12 @@ setup(
     + find_packages(where="kernels"),
     package_dir={"samv2_kernels": "kernels/samv2_kernels"},
     package_data={
-        "samv2": ["configs/*.toml", "common/templates/*.json", "py.typed"],
+        "samv2": [
+            "configs/*.toml",
+            "configs/grids/*.toml",
+            "common/templates/*.json",
+            "py.typed",
+        ],
         "samv2_kernels": ["py.typed"],
     },
     ext_modules=[extension],

@@ -1,6 +1,7 @@
 """One file a verb; each registers its arguments and runs with the parsed ones."""
 
 from samv2.commands import (
+    ablate,
     bootstrap,
     demo,
     doctor,
@@ -10,4 +11,13 @@ from samv2.commands import (
     train,
 )
 
-COMMANDS = (demo, bootstrap, train, evaluate, export, inspect_frame, doctor)
+COMMANDS = (
+    demo,
+    bootstrap,
+    train,
+    ablate,
+    evaluate,
+    export,
+    inspect_frame,
+    doctor,
+)

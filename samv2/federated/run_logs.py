@@ -109,11 +109,15 @@ def append_pack_sizes(root: Path, report: MergeReport, manifest: Manifest) -> No
 
 
 def keep_frames(root: Path, report: MergeReport) -> None:
-    """``frames/round_{N}_client_{I}.bin``: the updates of a round, byte for byte."""
+    """``frames/round_{N}_client_{I}.bin``: the updates of a round, byte for byte.
+
+    The counts that came with an update are beside it, ``….usage.bin``.
+    """
     for reply in report.replies:
         item = reply.contribution
-        name = f"round_{report.round:04d}_client_{item.client:04d}.bin"
-        write_bytes(Path(root) / "frames" / name, item.frame)
+        name = f"round_{report.round:04d}_client_{item.client:04d}"
+        write_bytes(Path(root) / "frames" / f"{name}.bin", item.frame)
+        write_bytes(Path(root) / "frames" / f"{name}.usage.bin", reply.usage)
 
 
 def _round_of(line: str) -> int:
