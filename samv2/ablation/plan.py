@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from samv2.ablation.factors import ENGINE, Factor, word_of
+from samv2.ablation.factors import ENGINE, SWITCHES, Factor, word_of
 from samv2.common.config import field_kinds, read_value, settings_from_flat, to_flat
 from samv2.common.errors import ConfigError, ModelError, SamError
 from samv2.common.settings import Settings
@@ -218,6 +218,8 @@ def _base_word(factor: Factor, flat: Mapping[str, Any]) -> str:
     """What the base's value of a factor is called."""
     base = read_value(flat[factor.key], field_kinds()[factor.key])
     same = [word for word, value in factor.levels if value == base]
+    if not same and factor.name in SWITCHES and isinstance(base, bool):
+        return "on" if base else "off"
     return same[0] if same else word_of(base)
 
 

@@ -127,12 +127,12 @@ def effects_table(found: Sequence[Mapping[str, Any]]) -> Table:
     """:func:`effects` for a person."""
     rows, before = [], None
     for one in found:
-        name = one["factor"] if one["factor"] != before else ""
+        name = "" if one["factor"] == before else one["factor"].rpartition(".")[2]
         first = one["factor"] != before
         before = one["factor"]
         rows.append(
             [
-                f"{name}",
+                name,
                 one["level"],
                 str(one["pairs"]),
                 _number(one["perplexity"]),

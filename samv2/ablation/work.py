@@ -152,13 +152,16 @@ class GridWork:
 
     def _task(self, run: PlannedRun) -> Task:
         """The run itself, once its model is there."""
-        folder = self.folder(run)
+        folder, model = self.folder(run), self._model(run)
         (folder / RESULT).unlink(missing_ok=True)
-        settings = as_job(run.settings, model=str(self._model(run)))
+        settings = to_flat(as_job(run.settings, model=str(model)))
+        # Only the function-preserving combine has surrogates, whatever was asked for.
+        stored = conversion_settings(model)
+        settings["experts.surrogate_rank"] = stored["experts.surrogate_rank"]
         job = {
             "kind": "run",
             "root": str(folder),
-            "settings": to_flat(settings),
+            "settings": settings,
             "source": to_flat(run.settings),
             "dense": str(self._dense(run)),
         }

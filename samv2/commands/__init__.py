@@ -7,6 +7,7 @@ from samv2.commands import (
     doctor,
     evaluate,
     export,
+    generate,
     inspect_frame,
     train,
 )
@@ -18,6 +19,7 @@ COMMANDS = (
     ablate,
     evaluate,
     export,
+    generate,
     inspect_frame,
     doctor,
 )
