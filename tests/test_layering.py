@@ -17,7 +17,15 @@ BELOW: dict[str, set[str]] = {
     "models": {"common", "experts"},
     "updates": {"common"},
     "federated": {"common", "data", "experts", "models", "updates"},
-    "ablation": {"common", "data", "experts", "models", "updates", "federated"},
+    "ablation": {
+        "common",
+        "configs",
+        "data",
+        "experts",
+        "models",
+        "updates",
+        "federated",
+    },
 }
 """What each folder of samv2 may import beside itself; the rest may import all."""
 KERNEL_USERS = {"experts", "models", "federated"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from samv2.ablation.job import RESULT
+from samv2.ablation.job import LOG, RESULT
 from samv2.ablation.plan import TRAINABLE, PlannedRun, as_job, short_hash
 from samv2.ablation.progress import GridProgress
 from samv2.ablation.results import CSV, read_result, result_row, write_csv
@@ -116,6 +116,8 @@ class GridWork:
             return
         for run in task.runs:
             text = f"its {task.name} failed: {error}" if task.converts else error
+            if text is None and read_result(self.folder(run)) is None:
+                text = f"the run ended without {RESULT}; see {LOG} in its folder"
             self._ended[run.name] = text
             row = result_row(run, self.folder(run), text)
             progress.tell(row, len(self._ended), len(self.runs))

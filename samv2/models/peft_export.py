@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from samv2.common.errors import ModelError
+from samv2.common.files import write_json
 from samv2.experts.frozen_blocks import DOWN, GATE, UP
 from samv2.experts.graph import reachable_experts
 from samv2.experts.moe_layers import ExpertGraphMLP, WalkOptions
@@ -31,7 +31,7 @@ from samv2.models.expert_model import ExpertModel
 from samv2.models.export import check_plain
 from samv2_kernels import Walk
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 SILU_LEAST = -0.2785
 """The minimum of silu, rounded down."""
@@ -73,7 +73,7 @@ def export_peft(
             weights[key] = tensor.contiguous().clone()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    _config(model, base).save_pretrained(str(folder))
+    write_json(folder / CONFIG, _config(model, base))
 
 
 def check_is_lora(model: ExpertModel, tokens_BS: Tensor | None = None) -> None:
@@ -216,18 +216,24 @@ def _lora(layer: ExpertGraphMLP, order_M: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _config(model: ExpertModel, base: str) -> Any:
-    """Scaling is ``lora_alpha / r``: s."""
+def _config(model: ExpertModel, base: str) -> dict[str, Any]:
+    """``adapter_config.json``; scaling is ``lora_alpha / r``: s.
+
+    Written as it is: importing peft would load all that it can adapt.
+    """
     config = model.expert_config
-    return LoraConfig(
-        r=config.adapter_rank,
-        lora_alpha=config.adapter_rank * config.adapter_scale,
-        target_modules=list(PROJECTIONS),
-        layers_to_transform=list(config.layers),
-        layers_pattern="layers",
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-        base_model_name_or_path=base,
-    )
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": config.adapter_rank,
+        "lora_alpha": config.adapter_rank * config.adapter_scale,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "target_modules": list(PROJECTIONS),
+        "layers_to_transform": list(config.layers),
+        "layers_pattern": "layers",
+    }
