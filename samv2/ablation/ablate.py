@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ def ablate(
     """
     if jobs < 0:
         raise ConfigError([f"--jobs is {jobs}; use 1 or more, or 0 to let it choose"])
+    grid = _anywhere(grid)
     factors = read_factors(grid.vary, grid.values)
     runs = plan_runs(grid.values, factors, one_at_a_time=grid.one_at_a_time)
     root = root.resolve()
@@ -90,6 +91,15 @@ def ablate(
         rows=rows,
         effects=effects(factors, runs, finished),
     )
+
+
+def _anywhere(grid: GridFile) -> GridFile:
+    """The grid with a model's path that holds from any working directory."""
+    given = str(grid.values.get("model.path", "smollm2"))
+    folder = Path(given).expanduser()
+    if given == "smollm2" or not folder.exists():
+        return grid
+    return replace(grid, values=grid.values | {"model.path": str(folder.resolve())})
 
 
 @contextmanager

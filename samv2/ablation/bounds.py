@@ -3,95 +3,32 @@
 Nothing here asks the code that ran: files are read as they are, and sums are formed
 again. A check returns what is wrong as sentences; none means the bound holds.
 
-Shapes: L converted layers, E experts, F rows an expert, D model width.
+Shapes: L converted layers, E experts.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from samv2.ablation.multiply_adds import (
+    counted_fraction,
+    traced_visits,
+    trained_visits,
+)
+from samv2.ablation.run_files import RunFiles
 from samv2.common.errors import SamError
-from samv2.common.settings import Settings
-from samv2.common.telemetry import read_metrics
-from samv2.federated.run_folder import RunFolder, run_model, stored_settings
 from samv2.models.save import read_expert_config
 from samv2.updates.packing import inspect
 
 OK = "ok"
 REPLY_NUMBERS_BYTES = 5 * 8
 """A reply has two frames and five numbers: version, examples, tokens, loss, seconds."""
-FRAME = re.compile(r"round_(\d+)_client_(\d+)\.bin")
-MERGE = re.compile(r"merge_round(\d+)\.json")
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFiles:
-    """What a finished run left, read when it is asked for."""
-
-    root: Path
-
-    @cached_property
-    def settings(self) -> Settings:
-        """As the run was started."""
-        return stored_settings(self.root)
-
-    @cached_property
-    def model(self) -> Path:
-        """The folder of the model that it started from."""
-        return run_model(RunFolder(root=self.root), self.settings)
-
-    @cached_property
-    def metrics(self) -> dict[int, dict[str, Any]]:
-        """By round."""
-        return {row["round"]: row for row in read_metrics(self.root)}
-
-    @cached_property
-    def merges(self) -> dict[int, dict[str, Any]]:
-        """``merge_round{N}.json`` by round."""
-        found = {}
-        for path in self.root.iterdir():
-            if match := MERGE.fullmatch(path.name):
-                found[int(match[1])] = _json(path)
-        return dict(sorted(found.items()))
-
-    @cached_property
-    def frames(self) -> dict[tuple[int, int], bytes]:
-        """Updates as they came, by (round, client)."""
-        found = {}
-        folder = self.root / "frames"
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if match := FRAME.fullmatch(path.name):
-                found[int(match[1]), int(match[2])] = path.read_bytes()
-        return found
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        """``summary.json``."""
-        return _json(self.root / "summary.json")
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor of the model, without reading it."""
-        found: dict[str, tuple[int, ...]] = {}
-        for path in sorted(self.model.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                found |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
-        return found
-
-    def rounds(self) -> range:
-        """Rounds that the run must have done."""
-        return range(1, self.settings.federation.rounds + 1)
 
 
 def check_bounds(root: Path) -> dict[str, str]:
@@ -286,85 +223,6 @@ def reported_flops_are_counted(files: RunFiles) -> Iterator[str]:
                     f"tokens visit {found:.4g} experts of layer {layer} in round "
                     f"{number}, the reported cost is of {allowed:.4g}"
                 )
-
-
-def traced_visits(files: RunFiles) -> list[float]:
-    """Experts that a token visits in each converted layer, by the call trace."""
-    trace = _json(files.root / "expert_call_trace.json")
-    tokens = sum(item["tokens"] for item in trace)
-    layers = len(trace[0]["layers"])
-    return [
-        sum(sum(item["layers"][layer]["fired"].values()) for item in trace) / tokens
-        for layer in range(layers)
-    ]
-
-
-def trained_visits(files: RunFiles) -> dict[int, list[float]]:
-    """The same in each round's training, by the clients' usage counts."""
-    return {
-        number: [
-            visits / max(1, sum(one["tokens"] for one in merge["clients"].values()))
-            for visits in merge["usage_per_layer"]
-        ]
-        for number, merge in files.merges.items()
-    }
-
-
-def counted_fraction(files: RunFiles, visits: list[float]) -> float:
-    """Multiply-adds of all FFNs over the dense model's, from the shapes of tensors.
-
-    A product with a matrix takes one multiply-add an element of the matrix and token.
-
-    Args:
-        files: of the run.
-        visits: experts that a token visits in each converted layer.
-    """
-    config, dense = read_expert_config(files.model)
-    k = files.settings.experts.experts_per_token
-    made = whole = 0.0
-    for index in range(dense.num_hidden_layers):
-        prefix = f"model.layers.{index}.mlp."
-        sizes = {
-            name.removeprefix(prefix): _elements(shape)
-            for name, shape in files.shapes.items()
-            if name.startswith(prefix)
-        }
-        if index not in config.layers:
-            plain = sum(sizes[f"{name}_proj.weight"] for name in ("gate", "up", "down"))
-            made, whole = made + plain, whole + plain
-            continue
-        walked = visits[config.layers.index(index)]
-        blocks = sum(_block(sizes, name) for name in ("gate", "up", "down"))
-        made += sizes["gate_weight_ED"] + walked * blocks / config.num_experts
-        made += _stand_ins(sizes, k, walked, config.num_experts)
-        whole += blocks
-    return made / whole
-
-
-def _stand_ins(sizes: dict[str, int], k: int, walked: float, experts: int) -> float:
-    """Multiply-adds a token of what stands in for experts that are not visited."""
-    if walked == experts:
-        return 0.0
-    if f"repair_{k}_in_QD" in sizes:
-        return sizes[f"repair_{k}_in_QD"] + sizes[f"repair_{k}_out_QD"]
-    if "surrogate_shared_QD" not in sizes:
-        return 0.0
-    one = sizes["surrogate_out_EQD"] / experts
-    # All of them at once less the visited ones, or the absent ones alone.
-    return sizes["surrogate_shared_QD"] + one * min(1 + walked, experts - walked)
-
-
-def _block(sizes: dict[str, int], name: str) -> int:
-    """Weights of one projection of all experts; NF4 keeps two in a byte."""
-    return sizes.get(f"{name}_EFD") or 2 * sizes[f"{name}_codes_EH"]
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 CHECKS: dict[str, Callable[[RunFiles], Iterator[str]]] = {

@@ -22,12 +22,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from samv2.ablation.bounds import (
-    RunFiles,
-    check_bounds,
-    counted_fraction,
-    trained_visits,
-)
+from samv2.ablation.bounds import check_bounds
+from samv2.ablation.multiply_adds import counted_fraction, trained_visits
+from samv2.ablation.run_files import RunFiles
 from samv2.common.config import settings_from_flat
 from samv2.common.errors import CheckpointError
 from samv2.common.files import write_json

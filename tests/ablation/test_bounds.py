@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from samv2.ablation.bounds import (
-    CHECKS,
-    OK,
-    RunFiles,
-    check_bounds,
+from samv2.ablation.bounds import CHECKS, OK, check_bounds
+from samv2.ablation.multiply_adds import (
     counted_fraction,
     traced_visits,
     trained_visits,
 )
+from samv2.ablation.run_files import RunFiles
 from samv2.federated.server_app import run_embedded
 from samv2.models.quantised_blocks import quantise_model
 from samv2.models.save import load_expert_model, save_expert_model
