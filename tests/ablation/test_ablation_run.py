@@ -59,7 +59,7 @@ def start(arguments: list[str]) -> subprocess.Popen[bytes]:
 
 def kill_after(process: subprocess.Popen[bytes], table: Path, rows: int) -> None:
     """SIGKILL when the table has so many rows; its workers must die with it."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not table.is_file() or len(read(table)) < rows:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
