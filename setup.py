@@ -24,6 +24,7 @@ setup(
     package_data={
         "samv2": [
             "configs/*.toml",
+            "configs/grids/*.toml",
             "common/templates/*.json",
             "report/templates/*",
             "py.typed",

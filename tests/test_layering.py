@@ -18,6 +18,15 @@ BELOW: dict[str, set[str]] = {
     "updates": {"common"},
     "federated": {"common", "data", "experts", "models", "updates"},
     "report": {"common", "federated", "models"},
+    "ablation": {
+        "common",
+        "configs",
+        "data",
+        "experts",
+        "models",
+        "updates",
+        "federated",
+    },
 }
 """What each folder of samv2 may import beside itself; the rest may import all."""
 KERNEL_USERS = {"experts", "models", "federated"}

@@ -1,12 +1,14 @@
 """One file a verb; each registers its arguments and runs with the parsed ones."""
 
 from samv2.commands import (
+    ablate,
     bench_federation,
     bootstrap,
     demo,
     doctor,
     evaluate,
     export,
+    generate,
     inspect_frame,
     report,
     train,
@@ -17,9 +19,11 @@ COMMANDS = (
     bootstrap,
     train,
     evaluate,
+    generate,
     report,
     export,
-    inspect_frame,
+    ablate,
     bench_federation,
+    inspect_frame,
     doctor,
 )

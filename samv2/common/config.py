@@ -98,12 +98,10 @@ def _read_flat(values: Mapping[str, Any]) -> tuple[Settings | None, list[str]]:
     nested: dict[str, Any] = {}
     for key, value in values.items():
         if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            faults.append(f"there is no setting {key!r}{hint}")
+            faults.append(f"there is no setting {key!r}{nearest(key, kinds)}")
             continue
         try:
-            converted = _convert(value, kinds[key])
+            converted = read_value(value, kinds[key])
         except ValueError as error:
             faults.append(f"{key} is {value!r}; {error}")
             continue
@@ -120,6 +118,12 @@ def _read_flat(values: Mapping[str, Any]) -> tuple[Settings | None, list[str]]:
     except ConfigError as error:
         return None, faults + list(error.faults)
     return (None, faults) if faults else (settings, [])
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error: the known word that was meant, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def field_kinds() -> dict[str, type]:
@@ -164,7 +168,12 @@ def _lists(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _convert(value: Any, kind: type) -> Any:
+def read_value(value: Any, kind: type) -> Any:
+    """A value as a field's type; strings are read.
+
+    Raises:
+        ValueError: it is none; the message says what to write.
+    """
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -197,7 +206,7 @@ def _convert(value: Any, kind: type) -> Any:
     if kind == tuple[int, ...]:
         if not isinstance(value, (list, tuple)):
             raise ValueError("write a list of whole numbers")
-        return tuple(_convert(item, int) for item in value)
+        return tuple(read_value(item, int) for item in value)
     if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
         return tuple(value)
     raise ValueError("write a list of strings")

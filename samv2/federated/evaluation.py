@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from samv2.federated.run_folder import (
 )
 from samv2.federated.run_logs import perplexities
 from samv2.federated.run_text import make_corpus
+from samv2.models.export import rejoined_dense
 from samv2.models.llama_loader import DTYPES, load_llama
-from samv2.models.save import is_expert_model
+from samv2.models.save import is_expert_model, load_expert_model
 
 
 def evaluate(
@@ -82,9 +84,9 @@ def evaluate(
             expert.set_experts_per_token(settings.experts.experts_per_token)
         if experts_per_token is not None:
             expert.set_experts_per_token(experts_per_token)
-        if run and not is_expert_model(Path(settings.model.path)):
-            models["dense model"] = _dense(settings, console).model
-        models["expert graph"] = expert
+        start = settings if run else with_model(settings, folder)
+        label, dense = dense_model(start, console)
+        models |= {label: dense, "expert graph": expert}
     elif experts_per_token is not None:
         raise ModelError(
             f"--experts is {experts_per_token}, but {target} has no experts; leave it "
@@ -106,6 +108,30 @@ def evaluate(
         "windows": limit,
         "sequence_length": settings.train.sequence_length,
     }
+
+
+def dense_model(settings: Settings, console: Console) -> tuple[str, Any]:
+    """The dense model behind a run, and what to call it.
+
+    Where the run began with a bootstrapped folder, its base experts are re-joined: the
+    dense model up to the rounding of sums, or, where they are NF4, what is left of it.
+
+    Args:
+        settings: of the run; section ``model`` is used.
+        console: where progress is shown.
+    """
+    folder = Path(settings.model.path)
+    if not is_expert_model(folder):
+        return "dense model", _dense(settings, console).model
+    model, _ = load_expert_model(folder)
+    packed = model.expert_config.quantise != "none"
+    label = f"dense model, {model.expert_config.quantise}" if packed else "dense model"
+    return label, rejoined_dense(model, dtype=model.llama.dtype)
+
+
+def with_model(settings: Settings, path: Path) -> Settings:
+    """The settings of another model."""
+    return replace(settings, model=replace(settings.model, path=str(path)))
 
 
 def _dense(settings: Settings, console: Console) -> Any:

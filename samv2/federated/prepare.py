@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ from samv2.models.bootstrap import (
     check_convertible,
     parse_layers,
 )
-from samv2.models.expert_model import ExpertModel, ExpertModelConfig
+from samv2.models.expert_model import ExpertModelConfig
 from samv2.models.llama_loader import (
     DTYPES,
     LoadedModel,
@@ -61,6 +61,7 @@ from samv2.models.save import (
     expert_fingerprint,
     is_expert_model,
     load_expert_model,
+    read_expert_config,
     save_expert_model,
 )
 from samv2.updates.sparsify import FRAME_BYTES, packed_bound
@@ -205,8 +206,8 @@ def _from_expert_model(
 ) -> Prepared:
     """Use a bootstrapped folder as it is; its conversion settings must be the run's."""
     clock = _Clock()
+    check_conversion(folder, settings)
     model, tokenizer = load_expert_model(folder)
-    _check_conversion(folder, model, settings)
     if warning := unrepaired(folder, model.expert_config, settings):
         console.print(warning, style="yellow", markup=False)
     check_budget(model.config, settings)
@@ -217,13 +218,25 @@ def _from_expert_model(
     return _prepared(run, folder.name, text, settings, {}, clock)
 
 
-def _check_conversion(folder: Path, model: ExpertModel, settings: Settings) -> None:
-    """Refuse settings that contradict the weights; K and the repairs' may differ."""
+def check_conversion(
+    folder: Path, settings: Settings, *, free: Collection[str] = ()
+) -> None:
+    """Refuse settings that contradict a bootstrapped folder; K and the repairs' may.
+
+    Args:
+        folder: a bootstrapped model.
+        settings: of a run on it.
+        free: more conversion settings that may differ.
+
+    Raises:
+        ConfigError: every setting that differs, and what the folder has.
+    """
     asked, made = to_flat(settings), conversion_settings(folder)
-    for key in FREE_OF_THE_FOLDER:
+    for key in (*FREE_OF_THE_FOLDER, *free):
         made.pop(key, None)
-    total = model.config.num_hidden_layers
-    if parse_layers(settings.experts.layers, total) == model.expert_config.layers:
+    config, dense = read_expert_config(folder)
+    total = dense.num_hidden_layers
+    if parse_layers(settings.experts.layers, total) == config.layers:
         made.pop("experts.layers")
     faults = [
         f"{key} is {asked[key]!r}, but {folder} was bootstrapped with {value!r}; use "

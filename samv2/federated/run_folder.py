@@ -49,6 +49,7 @@ _OWN_FILES = (
     "cluster_stats.txt",
     "pack_sizes.txt",
     "usage.jsonl",
+    "siblings.json",
     "frontier.json",
 )
 _MERGE = re.compile(r"merge_round\d+\.json")
@@ -84,6 +85,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Server states."""
         return self.root / "checkpoints"
+
+    @property
+    def siblings(self) -> Path:
+        """Which sibling of the adapters serves which client's text."""
+        return self.root / "siblings.json"
 
     @property
     def summary(self) -> Path:

@@ -131,12 +131,22 @@ def append_usage(root: Path, report: MergeReport) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
+def keep_counts(root: Path, frames: Mapping[int, bytes]) -> None:
+    """``frames/client_{I}.counts.bin``: the token counts that clients sent."""
+    for client, frame in frames.items():
+        write_bytes(Path(root) / "frames" / f"client_{client:04d}.counts.bin", frame)
+
+
 def keep_frames(root: Path, report: MergeReport) -> None:
-    """``frames/round_{N}_client_{I}.bin``: the updates of a round, byte for byte."""
+    """``frames/round_{N}_client_{I}.bin``: the updates of a round, byte for byte.
+
+    The counts that came with an update are beside it, ``….usage.bin``.
+    """
     for reply in report.replies:
         item = reply.contribution
-        name = f"round_{report.round:04d}_client_{item.client:04d}.bin"
-        write_bytes(Path(root) / "frames" / name, item.frame)
+        name = f"round_{report.round:04d}_client_{item.client:04d}"
+        write_bytes(Path(root) / "frames" / f"{name}.bin", item.frame)
+        write_bytes(Path(root) / "frames" / f"{name}.usage.bin", reply.usage)
 
 
 def _round_of(line: str) -> int:

@@ -42,6 +42,7 @@ from samv2.federated.run_logs import (
     append_usage,
     build_summary,
     fedit_bytes,
+    keep_counts,
     keep_frames,
     metrics_row,
     perplexities,
@@ -135,6 +136,10 @@ def federate(
             facts["start"] = perplexities(scores)
             facts["gate_bytes"] = {str(k): v for k, v in strategy.gate_bytes.items()}
             checkpoint(strategy.state)
+            if strategy.siblings:
+                write_json(run.siblings, {"clients": strategy.siblings})
+            if settings.federation.keep_frames:
+                keep_counts(run.root, strategy.count_frames)
             table.start(facts["start"])
 
         def on_round(current: ServerState, report: RoundReport) -> None:

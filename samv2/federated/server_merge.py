@@ -46,6 +46,8 @@ class ValidReply:
     """All payload bytes of the reply."""
     train_loss: float
     tokens: int
+    usage: bytes = b""
+    """The frame that ``counts`` came in."""
 
 
 @dataclass(frozen=True, kw_only=True)

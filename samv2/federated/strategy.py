@@ -137,6 +137,10 @@ class SamStrategy(Strategy):
         self._current = _Round()
         self._merge: MergeReport | None = None
         self._scores: dict[str, Score] = {}
+        self.siblings: dict[int, int] = {}
+        """{client: the sibling that its text is for}, where this start fitted the gate."""
+        self.count_frames: dict[int, bytes] = {}
+        """Token counts as they came, where this start fitted the gate."""
         self.gate_bytes: dict[int, int] = {}
         """Bytes of token counts by client; they count as sent in round 1."""
 
@@ -233,6 +237,7 @@ class SamStrategy(Strategy):
             except FrameError as error:
                 log.warning("client %d: token counts refused: %s", client, error)
                 continue
+            self.count_frames[client] = frame
             self.gate_bytes[client] = len(frame)
         if not counts:
             raise FederationError(
@@ -241,8 +246,9 @@ class SamStrategy(Strategy):
             )
         siblings = self.settings.adapter.siblings
         gate_block = max(self.manifest.ids)
-        self.state, members = fit_siblings(self.state, counts, siblings, gate_block)
-        log.info("siblings by client: %s", members)
+        self.state, self.siblings = fit_siblings(
+            self.state, counts, siblings, gate_block
+        )
 
     def _lacks_gate(self) -> bool:
         """Whether there are siblings, and nobody has said yet what each is for."""

@@ -101,6 +101,7 @@ def validate_reply(
         bytes_up=reply_bytes(reply),
         train_loss=reply.train_loss,
         tokens=reply.tokens,
+        usage=reply.usage,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -274,10 +275,13 @@ class ExpertModel(nn.Module):
         self.assembler = assembler
         self.expert_config = expert_config
         self.sibling_gate: SiblingGate | None = None
+        self._hook: RemovableHandle | None = None
         if expert_config.siblings > 1:
             self.sibling_gate = SiblingGate(expert_config.siblings)
             # Every way to the decoder, generation too, passes here with its tokens.
-            llama.model.register_forward_pre_hook(self._share, with_kwargs=True)
+            self._hook = llama.model.register_forward_pre_hook(
+                self._share, with_kwargs=True
+            )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ExpertModel:
@@ -289,6 +293,12 @@ class ExpertModel(nn.Module):
         from samv2.models.save import load_expert_model  # save builds on this file
 
         return load_expert_model(Path(folder))[0]
+
+    def release(self) -> None:
+        """Let go of the Hugging Face model, before another is made around it."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     @property
     def config(self) -> PretrainedConfig:

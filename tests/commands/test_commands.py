@@ -25,9 +25,12 @@ VERBS = (
     "demo",
     "bootstrap",
     "train",
+    "ablate",
     "eval",
     "export",
+    "generate",
     "inspect",
+    "report",
     "bench-federation",
     "doctor",
 )
@@ -99,10 +102,29 @@ def test_eval_of_a_run_is_what_the_run_measured(
 ) -> None:
     found = evaluate(capsys, str(run_folder))
     summary = json.loads((run_folder / "summary.json").read_text())
-    assert list(found["models"]) == ["expert graph"]
+    assert list(found["models"]) == ["dense model", "expert graph"]
     for name, value in found["models"]["expert graph"].items():
         expected = summary["domains"][name]["final"]
         assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_eval_shows_the_dense_model_behind_a_bootstrapped_folder(
+    run_folder: Path,
+    tiny_bootstrapped: Path,
+    tiny_llama_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "own.txt").write_text(stdlib_text()[:20_000])
+    options = ("--text", f"mine={tmp_path / 'own.txt'}", "--windows", "2")
+    short = (*options, "--set=train.sequence_length=64", "--set=model.dtype=float32")
+    expected = evaluate(capsys, str(tiny_llama_folder), *short)
+    wanted = expected["models"]["dense model"]["mine"]
+    found = evaluate(capsys, str(run_folder), *options)
+    assert found["models"]["dense model"]["mine"] == pytest.approx(wanted, rel=1e-5)
+    found = evaluate(capsys, str(tiny_bootstrapped), *short)
+    assert found["models"]["dense model"]["mine"] == pytest.approx(wanted, rel=1e-5)
+    assert list(found["models"]) == ["dense model", "expert graph"]
 
 
 def test_eval_of_own_text_and_another_k(

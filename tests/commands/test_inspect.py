@@ -104,10 +104,13 @@ def test_frozen_frames_are_sound(
 def test_the_frames_of_a_run(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = sorted((run_folder / "frames").iterdir())
-    assert [path.name for path in paths] == [
-        f"round_0001_client_{client:04d}.bin" for client in range(2)
+    frames = sorted((run_folder / "frames").iterdir())
+    assert [path.name for path in frames] == [
+        f"round_0001_client_{client:04d}.{kind}"
+        for client in range(2)
+        for kind in ("bin", "usage.bin")
     ]
+    paths, counts = frames[::2], frames[1::2]
     logged = [
         line.split()
         for line in (run_folder / "pack_sizes.txt").read_text().splitlines()
@@ -116,6 +119,13 @@ def test_the_frames_of_a_run(
         found = json.loads(shown(capsys, path, "--json").out)
         assert (found["round"], found["bytes"]) == (1, int(row[7]))
         assert len(found["tensors"]) == int(row[2])
+    for path in counts:
+        found = json.loads(shown(capsys, path, "--json").out)
+        assert found["lossless"] and [item["id"] for item in found["tensors"]] == [
+            0,
+            1,
+            2,
+        ]
 
 
 def refused(
