@@ -111,9 +111,7 @@ def test_generation_is_the_model_token_by_token(
     model: ExpertModel, ids: Tensor
 ) -> None:
     prompt = ids[:, :7]
-    found = model.generate(
-        prompt, max_new_tokens=9, do_sample=False, eos_token_id=None
-    )
+    found = model.generate(prompt, max_new_tokens=9, do_sample=False, eos_token_id=None)
     expected = prompt
     for _ in range(9):
         following = logits_of(model, expected)[:, -1:].argmax(dim=2)
