@@ -152,7 +152,9 @@ def _train(
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
-            say(f"tiny llama: step {step + 1} of {steps}, loss {float(loss.detach()):.3f}")
+            say(
+                f"tiny llama: step {step + 1} of {steps}, loss {float(loss.detach()):.3f}"
+            )
     model.eval()
 
 

@@ -24,7 +24,8 @@ def register(verbs: Any) -> None:
         "windows: FedIT and FFA-LoRA (federated LoRA), LoRA on each client alone and on "
         "all text, and SAM-v2. Each has a folder in --log-dir, goes on where it was "
         "stopped, and is not run again once finished. Writes federation.json and "
-        "federation.png.",
+        "federation.png. The config is an ordinary one, with tables [methods.NAME] of "
+        "dotted keys for one method; --set methods.NAME.KEY=VALUE does the same.",
     )
     add_settings_options(parser, default="protocol_a")
     parser.add_argument(
@@ -61,12 +62,17 @@ def run(arguments: argparse.Namespace) -> int:
     benchmark = load_benchmark(
         config_path(arguments.config), names, arguments.overrides
     )
-    report = run_benchmark(
-        benchmark,
-        arguments.log_dir,
-        overwrite=arguments.overwrite,
-        console=make_console(stderr=arguments.json),
-    )
+    progress = make_console(stderr=arguments.json)
+    try:
+        report = run_benchmark(
+            benchmark,
+            arguments.log_dir,
+            overwrite=arguments.overwrite,
+            console=progress,
+        )
+    except KeyboardInterrupt:
+        progress.print("stopped; the same command, without --overwrite, goes on")
+        return 130
     if arguments.json:
         print(json.dumps(report, indent=1))
         return 0

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from samv2.common.files import write_bytes
+from samv2.federated.benchmark_settings import DEFAULT_METHODS
+from samv2.federated.lora_methods import METHODS
 
 # Okabe and Ito's colours without yellow: told apart by all kinds of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -38,7 +40,10 @@ def draw_federation(path: Path, report: Mapping[str, Any]) -> None:
         if dense is not None:
             axes.axhline(dense, color=INK, linewidth=1, linestyle=":")
     sends = False
-    for index, entry in enumerate(report["methods"]):
+    names = [entry["method"] for entry in report["methods"]]
+    order = list(dict.fromkeys([*DEFAULT_METHODS, *names]))
+    for entry in report["methods"]:
+        index = order.index(entry["method"])  # a method looks the same in all pictures
         style = {
             "color": COLOURS[index % len(COLOURS)],
             "marker": MARKERS[index % len(MARKERS)],
@@ -86,7 +91,9 @@ def _draw_method(
         by_bytes.axhline(
             heights[-1], color=style["color"], linewidth=1.4, linestyle="--"
         )
-        _name_level(by_bytes, heights[-1], entry["title"], style["color"])
+        known = METHODS.get(entry["method"])
+        why = "all text in one place" if known and known.pooled else "nothing sent"
+        _name_level(by_bytes, heights[-1], f"{entry['title']} ({why})", style["color"])
         return False
     megabytes = [point["bytes_up_total"] / 1e6 for point in points]
     by_bytes.plot(megabytes, heights, **style)
@@ -95,7 +102,7 @@ def _draw_method(
 
 def _name_level(axes: Axes, height: float, title: str, colour: str) -> None:
     axes.annotate(
-        f"{title} (nothing sent)",
+        title,
         (0.99, height),
         xycoords=("axes fraction", "data"),
         xytext=(0, 3),
