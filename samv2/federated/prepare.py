@@ -47,7 +47,7 @@ from samv2.models.bootstrap import (
     check_convertible,
     parse_layers,
 )
-from samv2.models.expert_model import ExpertModelConfig
+from samv2.models.expert_config import ExpertModelConfig
 from samv2.models.llama_loader import (
     DTYPES,
     LoadedModel,

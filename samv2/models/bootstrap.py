@@ -31,7 +31,8 @@ from samv2.experts.emoe_cluster import ClusterStats
 from samv2.models.assembler import Assembler
 from samv2.models.conversion import Conversion, LayerReport
 from samv2.models.convert_layer import Surveyed, survey_layer
-from samv2.models.expert_model import ExpertModel, ExpertModelConfig
+from samv2.models.expert_config import ExpertModelConfig
+from samv2.models.expert_model import ExpertModel
 from samv2.models.logit_scale import split_calibration
 from samv2.models.perplexity import last_states
 from samv2.models.text_stream import DenseSource, LlamaLayers, TextStream

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from samv2.experts.moe_layers import WalkOptions
 from samv2.experts.repair import START
 from samv2.models.convert_layer import Surveyed, build_layer, fit_repair
-from samv2.models.expert_model import ExpertDecoderLayer, ExpertModelConfig
+from samv2.models.expert_config import ExpertModelConfig
+from samv2.models.expert_model import ExpertDecoderLayer
 from samv2.models.text_stream import DenseSource, TextStream
 
 

@@ -32,7 +32,7 @@ from samv2.experts.graph import initial_graph
 from samv2.experts.moe_layers import ExpertGraphMLP, FrozenFactors
 from samv2.experts.repair import START, Repair, RepairFit, RepairStatistics
 from samv2.models.adapters import make_factors
-from samv2.models.expert_model import ExpertModelConfig
+from samv2.models.expert_config import ExpertModelConfig
 from samv2.models.text_stream import SEQUENCES_AT_ONCE
 from samv2_kernels import ExpertWeights, Surrogates, visit
 

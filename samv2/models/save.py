@@ -38,10 +38,10 @@ from samv2.experts.sibling_gate import SiblingGate
 from samv2.models.assembler import Assembler
 from samv2.models.bootstrap import make_assembler
 from samv2.models.convert_layer import layer_factors
+from samv2.models.expert_config import ExpertModelConfig
 from samv2.models.expert_model import (
     ExpertDecoderLayer,
     ExpertModel,
-    ExpertModelConfig,
 )
 from samv2.models.model_files import read_tokenizer
 from samv2_kernels import ExpertWeights, Surrogates

@@ -43,7 +43,7 @@ from samv2.models.bootstrap import (
 from samv2.models.conversion import Conversion, LayerReport
 from samv2.models.convert_layer import Surveyed
 from samv2.models.dense_layers import DenseLayers
-from samv2.models.expert_model import ExpertModelConfig
+from samv2.models.expert_config import ExpertModelConfig
 from samv2.models.logit_scale import fit_logit_scale, split_calibration
 from samv2.models.perplexity import Score
 from samv2.models.save import other_tensors, stored_tensors, write_config

@@ -12,12 +12,12 @@ from torch import Tensor
 from samv2.common.errors import ModelError
 from samv2.experts import moe_layers
 from samv2.experts.calibration import Gate
+from samv2.experts.costs import ffn_flops_fraction
 from samv2.experts.moe_layers import (
     ExpertGraphMLP,
     FrozenFactors,
     PrefixState,
     WalkOptions,
-    ffn_flops_fraction,
     to_positions,
 )
 from samv2.experts.repair import Repair

@@ -10,7 +10,7 @@ import pytest
 
 from samv2.common.errors import ModelError
 from samv2.experts.allocation import SPAN, Curve, allocate, survey_points
-from samv2.experts.moe_layers import ffn_flops_fraction
+from samv2.experts.costs import ffn_flops_fraction
 
 EXPERTS = 8
 Cost = Callable[[int], float]

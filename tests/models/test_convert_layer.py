@@ -23,7 +23,7 @@ from samv2.models.convert_layer import (
     split_experts,
     survey_layer,
 )
-from samv2.models.expert_model import ExpertModelConfig
+from samv2.models.expert_config import ExpertModelConfig
 from samv2.models.text_stream import LlamaLayers, TextStream
 from tests.helpers import assert_close, randn, tiny_settings
 

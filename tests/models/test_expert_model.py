@@ -14,7 +14,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 from samv2.common.errors import ModelError
 from samv2.experts.graph import Edit, ExpertGraph, apply_edits
 from samv2.experts.moe_layers import WalkOptions
-from samv2.models.expert_model import ExpertCache, ExpertModel, ExpertModelConfig
+from samv2.models.expert_config import ExpertModelConfig
+from samv2.models.expert_model import ExpertCache, ExpertModel
 from samv2_kernels import Walk
 from tests.helpers import assert_close, convert, generator, randn
 
