@@ -180,6 +180,8 @@ class FederationSettings:
     later rounds; 0 forgets it."""
     normalise: str = "contributors"
     """Divide an expert's sum by its ``contributors`` or by ``all`` valid replies."""
+    sibling_share: float = 0.0
+    """What adapter siblings take of one another's updates; at 1 as much as of a mean."""
     max_examples: int = 1_000_000
     """Cap on the example count a client may claim."""
     clip_update_norm: float = 0.0
@@ -367,6 +369,10 @@ def _federation_faults(settings: Settings) -> Iterator[str]:
         yield (
             f"federation.error_feedback is {federation.error_feedback}; use a share "
             "in 0..1"
+        )
+    if not 0 <= federation.sibling_share <= 1:
+        yield (
+            f"federation.sibling_share is {federation.sibling_share}; use a share in 0..1"
         )
     yield from _below("edits.rho_max", edits.rho_max, 0)
     yield from _below("edits.patience", edits.patience, 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from samv2.common.settings import Settings
 from samv2.experts.graph import Edit, ExpertGraph, apply_edits
 from samv2.federated.graph_edits import EdgeMemory, decide_edits
+from samv2.federated.siblings import share_update, used_siblings
 from samv2.federated.usage import EdgeCounts, summed
 from samv2.updates.aggregate import Contribution, aggregate
 from samv2.updates.packing import Manifest, pack
@@ -165,8 +166,9 @@ def server_merge(
         normalise=settings.federation.normalise,
         clip_norm=settings.federation.clip_update_norm,
     )
+    mean = _shared(averaged.mean, state, settings)
     blocks = {
-        key: value + averaged.mean[key] if key in averaged.mean else value
+        key: value + mean[key] if key in mean else value
         for key, value in state.blocks.items()
     }
     layers, experts = state.graph.edge_mask_LEE.shape[:2]
@@ -202,3 +204,20 @@ def server_merge(
         graph_version=graph.version,
     )
     return merged, report
+
+
+def _shared(
+    mean: dict[int, Tensor], state: ServerState, settings: Settings
+) -> dict[int, Tensor]:
+    """The round's change, with what siblings have of one another."""
+    siblings = settings.adapter.siblings
+    if siblings == 1:
+        return mean
+    layers, experts = state.graph.edge_mask_LEE.shape[:2]
+    return share_update(
+        mean,
+        sizes={key: len(block) for key, block in state.blocks.items()},
+        experts=layers * experts,
+        used=used_siblings(state.blocks[max(state.blocks)], siblings),
+        share=settings.federation.sibling_share,
+    )

@@ -6,15 +6,18 @@ that all share (:mod:`samv2.experts.sibling_gate`) and keeps it as one more bloc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from samv2.common.errors import FrameError
-from samv2.experts.sibling_gate import BUCKETS, count_tokens, fit_sibling_gate
-from samv2.federated.server_merge import ServerState
+from samv2.experts.sibling_gate import (
+    BUCKETS,
+    NEVER,
+    count_tokens,
+    fit_sibling_gate,
+)
 from samv2.updates.packing import Manifest, pack, unpack
 
 COUNTS = Manifest.of({0: torch.zeros(BUCKETS)})
@@ -47,21 +50,68 @@ def unpack_counts(frame: bytes) -> Tensor:
 
 
 def fit_siblings(
-    state: ServerState, counts: Mapping[int, Tensor], siblings: int, gate_block: int
-) -> tuple[ServerState, dict[int, int]]:
-    """The state with a fitted gate.
+    counts: Mapping[int, Tensor], siblings: int
+) -> tuple[Tensor, dict[int, int]]:
+    """A gate for the clients' text.
 
     Args:
-        state: before round 1, with a gate of zeros.
         counts: {client: (BUCKETS,) counts}, at least one.
         siblings: G.
-        gate_block: id of the gate's block.
 
     Returns:
-        The state, and {client: sibling}.
+        The gate's block, and {client: sibling}.
     """
     clients = sorted(counts)
     stacked_CN = torch.stack([counts[client] for client in clients])
     gate, members = fit_sibling_gate(stacked_CN, siblings)
-    blocks = state.blocks | {gate_block: gate}
-    return replace(state, blocks=blocks), dict(zip(clients, members))
+    return gate, dict(zip(clients, members))
+
+
+def used_siblings(gate: Tensor, siblings: int) -> list[int]:
+    """The siblings that some text is for, by a gate's flat parameters."""
+    return (gate[-siblings:] > NEVER / 2).nonzero().flatten().tolist()
+
+
+def share_update(
+    update: Mapping[int, Tensor],
+    *,
+    sizes: Mapping[int, int],
+    experts: int,
+    used: Sequence[int],
+    share: float,
+) -> dict[int, Tensor]:
+    """Let every sibling have a part of what the others learnt.
+
+    Sibling g's rows change by d_g + share (sum of the others' d) / G. Rows of all
+    siblings are against the same factors, so this is a sum of weight changes.
+
+    Args:
+        update: {id: flat change} of a round, in the blocks' layout
+            (:mod:`samv2.models.adapters`).
+        sizes: numbers in each block, by id.
+        experts: L E.
+        used: the siblings that serve some text; G is their number.
+        share: 0 changes nothing; at 1 the others count together as much as they would
+            in a mean over all.
+
+    Returns:
+        The update with the others' parts.
+    """
+    if share == 0:
+        return dict(update)
+    rows = sizes[
+        experts + 1
+    ]  # a block of sibling 1 is rows alone, others start with them
+    shared = dict(update)
+    for expert in range(experts):
+        ids = {sibling: sibling * experts + expert + (sibling > 0) for sibling in used}
+        changed = {g: update[id_][:rows] for g, id_ in ids.items() if id_ in update}
+        if not changed:
+            continue
+        total = torch.stack(list(changed.values())).sum(dim=0)
+        for sibling, id_ in ids.items():
+            others = total - changed[sibling] if sibling in changed else total
+            whole = update[id_].clone() if id_ in update else torch.zeros(sizes[id_])
+            whole[:rows] += share / len(used) * others
+            shared[id_] = whole
+    return shared

@@ -245,10 +245,9 @@ class SamStrategy(Strategy):
                 "apart; mend the clients, or set adapter.siblings to 1"
             )
         siblings = self.settings.adapter.siblings
-        gate_block = max(self.manifest.ids)
-        self.state, self.siblings = fit_siblings(
-            self.state, counts, siblings, gate_block
-        )
+        gate, self.siblings = fit_siblings(counts, siblings)
+        blocks = self.state.blocks | {max(self.manifest.ids): gate}
+        self.state = replace(self.state, blocks=blocks)
 
     def _lacks_gate(self) -> bool:
         """Whether there are siblings, and nobody has said yet what each is for."""

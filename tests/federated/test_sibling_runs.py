@@ -10,7 +10,6 @@ import torch
 
 from samv2.common.errors import FrameError
 from samv2.common.telemetry import read_metrics
-from samv2.experts.graph import ExpertGraph
 from samv2.experts.sibling_gate import BUCKETS, count_tokens
 from samv2.federated.client_round import learning_rate
 from samv2.federated.grid import (
@@ -26,7 +25,9 @@ from samv2.federated.siblings import (
     COUNTS,
     fit_siblings,
     pack_counts,
+    share_update,
     unpack_counts,
+    used_siblings,
 )
 from samv2.federated.strategy import is_scored
 from samv2.models.adapters import gate_id
@@ -86,14 +87,33 @@ def test_counts_travel_as_records() -> None:
     assert counts_from_record(record) == b"frame"
 
 
-def test_the_gate_is_fitted_into_its_block() -> None:
-    graph: ExpertGraph = toy_graph()
-    blocks = {0: torch.zeros(4), 9: torch.zeros(2 * BUCKETS + 2)}
+def test_clients_of_other_text_have_other_siblings() -> None:
     counts = {3: count_tokens(TOKENS), 1: count_tokens(TOKENS + 50)}
-    state, members = fit_siblings(initial_state(blocks, graph), counts, 2, 9)
+    gate, members = fit_siblings(counts, 4)
     assert members == {1: 0, 3: 1}
-    assert state.blocks[9].shape == blocks[9].shape and bool(state.blocks[9].any())
-    assert state.round == 0 and not bool(state.blocks[0].any())
+    assert gate.shape == (4 * BUCKETS + 4,)
+    assert used_siblings(gate, 4) == [0, 1]
+
+
+def test_siblings_take_a_part_of_what_others_learnt() -> None:
+    """Two experts of three siblings, the last unused; rows of 2, then one number."""
+    sizes = {0: 3, 1: 3, 3: 2, 4: 2, 5: 2, 6: 2, 7: 9}
+    update = {
+        0: torch.tensor([1.0, 2.0, 7.0]),
+        3: torch.tensor([10.0, 20.0]),
+        4: torch.tensor([4.0, 8.0]),
+    }
+    before = {key: block.clone() for key, block in update.items()}
+    found = share_update(update, sizes=sizes, experts=2, used=[0, 1], share=0.5)
+    assert {key: block.tolist() for key, block in found.items()} == {
+        0: [1 + 2.5, 2 + 5, 7],
+        1: [1, 2, 0],
+        3: [10.25, 20.5],
+        4: [4, 8],
+    }
+    assert all(torch.equal(update[key], before[key]) for key in before)
+    alone = share_update(update, sizes=sizes, experts=2, used=[0, 1], share=0)
+    assert all(torch.equal(alone[key], before[key]) for key in before)
 
 
 def test_the_learning_rate_follows_its_schedule() -> None:
