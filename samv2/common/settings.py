@@ -143,6 +143,8 @@ class TrainSettings:
     """AdamW's, in the first round."""
     schedule: str = "constant"
     """Of the learning rate over the rounds: ``constant``, or ``cosine`` to a tenth."""
+    keep_optimizer: bool = False
+    """Whether a client keeps AdamW's moments for its next round, on its own disk."""
     clip_norm: float = 1.0
     """Gradient norm clip."""
     train_gate: bool = True

@@ -158,15 +158,15 @@ def train_round(
         temperature=request.temperature,
         siblings=own_siblings(runtime, shard),
         count_usage=settings.edits.rho_max > 0,
+        moments=state.moments,
         callbacks=callbacks,
     )
     trained = runtime.model.read_blocks()
     update = {key: trained[key] - received[key] for key in trained}
     budget = round_budget(settings, shard, request.round)
     frame, residual = _pack_update(runtime, update, budget, request.round, client)
-    save_client_state(
-        folder, ClientState(residual=residual, graph=graph), round=request.round
-    )
+    kept = ClientState(residual=residual, moments=result.moments, graph=graph)
+    save_client_state(folder, kept, round=request.round)
     return _reply(frame, result, graph, request.round)
 
 

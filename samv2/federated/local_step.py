@@ -24,6 +24,7 @@ from samv2.common.errors import FederationError
 from samv2.common.settings import TrainSettings
 from samv2.data.tokens import sample_batch
 from samv2.experts.moe_layers import WalkOptions
+from samv2.federated.moments import Moments, give_moments, take_moments
 from samv2.federated.usage import EdgeCounts, UsageCounter
 from samv2.models.expert_model import ExpertModel
 from samv2.models.perplexity import next_token_loss
@@ -41,6 +42,8 @@ class LocalResult:
     examples: int
     """Windows trained on."""
     tokens: int
+    moments: Moments | None
+    """The optimiser's, if they are kept."""
     seconds: float
 
 
@@ -53,6 +56,7 @@ def local_step(
     temperature: float,
     siblings: tuple[int, ...] | None = None,
     count_usage: bool = True,
+    moments: Moments | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> LocalResult:
     """Train the model's trainable parameters in place on one client's text.
@@ -66,10 +70,12 @@ def local_step(
         temperature: of the assembler's soft mask.
         siblings: adapter siblings that take part and are trained; None: all.
         count_usage: whether walks are recorded, which costs time.
+        moments: the optimiser's, of the client's rounds before; None: it starts anew.
         callbacks: see every step; any of them may end the training early.
 
     Returns:
-        Losses, counts of walked edges (zero where they are not counted) and sizes. The optimiser is fresh each round.
+        Losses, counts of walked edges (zero where they are not counted), sizes, and the
+        optimiser's moments where ``settings.keep_optimizer`` asks for them.
 
     Raises:
         FederationError: the loss became infinite or not a number.
@@ -84,6 +90,8 @@ def local_step(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=0.0
     )
+    if moments is not None:
+        give_moments(optimizer, model, moments)
     options = WalkOptions(
         temperature=temperature,
         generator=noise,
@@ -125,6 +133,7 @@ def local_step(
         last_loss=history.losses[-1],
         examples=len(history.reports) * settings.batch_size,
         tokens=sum(report.tokens for report in history.reports),
+        moments=take_moments(optimizer, model) if settings.keep_optimizer else None,
         seconds=time.perf_counter() - start,
     )
 

@@ -21,7 +21,7 @@ The block above holds those of sibling 0. Sibling g has a block of rows alone, i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,21 +62,39 @@ def make_factors(
     )
 
 
-def expert_parts(layer: ExpertGraphMLP, expert: int, sibling: int = 0) -> list[Tensor]:
-    """Views of one expert's trainable numbers, in the block's order."""
+Of = Callable[[nn.Parameter], Tensor]
+"""A tensor for each parameter, in its shape: itself, or what an optimiser keeps of it."""
+
+
+def itself(parameter: nn.Parameter) -> Tensor:
+    """The parameter."""
+    return parameter
+
+
+def expert_parts(
+    layer: ExpertGraphMLP, expert: int, sibling: int = 0, *, of: Of = itself
+) -> list[Tensor]:
+    """Views of one expert's trainable numbers, in the block's order.
+
+    Args:
+        layer: the expert's.
+        expert: storage id.
+        sibling: whose rows.
+        of: what to view for a parameter.
+    """
     columns = layer.sibling_columns(sibling)
     rows = [
-        layer.adapter_gate_EFR[expert, :, columns],
-        layer.adapter_up_EFR[expert, :, columns],
-        layer.adapter_down_ERF[expert, columns],
+        of(layer.adapter_gate_EFR)[expert, :, columns],
+        of(layer.adapter_up_EFR)[expert, :, columns],
+        of(layer.adapter_down_ERF)[expert, columns],
     ]
     if sibling:
         return rows
     return rows + [
-        layer.gate_weight_ED[expert],
-        layer.gate_bias_E[expert],
-        layer.mix_E[expert],
-        layer.edge_strength_EE[:, expert],
+        of(layer.gate_weight_ED)[expert],
+        of(layer.gate_bias_E)[expert],
+        of(layer.mix_E)[expert],
+        of(layer.edge_strength_EE)[:, expert],
     ]
 
 
@@ -84,6 +102,8 @@ def block_parts(
     layers: Sequence[ExpertGraphMLP],
     assembler: nn.Module | None,
     gate: nn.Module | None = None,
+    *,
+    of: Of = itself,
 ) -> dict[int, list[Tensor]]:
     """Views of the numbers of every block of a model, by id.
 
@@ -91,6 +111,7 @@ def block_parts(
         layers: the converted layers in order.
         assembler: its parameters are one block; None for none.
         gate: the siblings' gate, another; None where there is one sibling.
+        of: what to view for a parameter.
     """
     num_experts, experts = layers[0].num_experts, assembler_id(layers)
     parts: dict[int, list[Tensor]] = {}
@@ -99,11 +120,11 @@ def block_parts(
         for index, layer in enumerate(layers):
             for expert in range(num_experts):
                 expert_id = start + index * num_experts + expert
-                parts[expert_id] = expert_parts(layer, expert, sibling)
+                parts[expert_id] = expert_parts(layer, expert, sibling, of=of)
     if assembler is not None:
-        parts[assembler_id(layers)] = list(assembler.parameters())
+        parts[assembler_id(layers)] = [of(part) for part in assembler.parameters()]
     if gate is not None:
-        parts[gate_id(layers)] = list(gate.parameters())
+        parts[gate_id(layers)] = [of(part) for part in gate.parameters()]
     return parts
 
 
@@ -111,13 +132,15 @@ def read_blocks(
     layers: Sequence[ExpertGraphMLP],
     assembler: nn.Module | None,
     gate: nn.Module | None = None,
+    *,
+    of: Of = itself,
 ) -> dict[int, Tensor]:
     """All trainable blocks of a model; arguments as of :func:`block_parts`.
 
     Returns:
         {expert_id: (n,) float32}, detached copies on the CPU.
     """
-    parts = block_parts(layers, assembler, gate)
+    parts = block_parts(layers, assembler, gate, of=of)
     return {expert_id: _flatten(views) for expert_id, views in parts.items()}
 
 
@@ -126,6 +149,8 @@ def write_blocks(
     assembler: nn.Module | None,
     blocks: Mapping[int, Tensor],
     gate: nn.Module | None = None,
+    *,
+    of: Of = itself,
 ) -> None:
     """Copy blocks into a model's parameters, in place; absent ids keep their values.
 
@@ -133,7 +158,7 @@ def write_blocks(
         ModelError: an id that the model does not have, or a block of another size;
             nothing was written.
     """
-    known = block_parts(layers, assembler, gate)
+    known = block_parts(layers, assembler, gate, of=of)
     chosen: list[tuple[list[Tensor], Tensor]] = []
     for expert_id, block in blocks.items():
         if expert_id not in known:
