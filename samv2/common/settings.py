@@ -21,6 +21,7 @@ NORMALISE = ("contributors", "all")
 DTYPES = ("float32", "bfloat16")
 QUANTISATIONS = ("none", "nf4")
 SCHEDULES = ("constant", "cosine")
+FACTORS = ("random", "gradient")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,9 @@ class AdapterSettings:
     """R."""
     scale: float = 2.0
     """s, multiplies every adapter term."""
+    factors: str = "random"
+    """Frozen factors: ``random`` from the seed, or along the ``gradient`` of the
+    calibration text (kept with the model)."""
     siblings: int = 1
     """G, sets of adapter rows an expert has, each for one kind of text."""
 
@@ -294,6 +298,12 @@ def _model_faults(settings: Settings) -> Iterator[str]:
             "number"
         )
     yield from _below("adapter.rank", settings.adapter.rank, 1)
+    yield from _unknown("adapter.factors", settings.adapter.factors, FACTORS)
+    if settings.adapter.factors == "gradient" and experts.quantise != "none":
+        yield (
+            f"adapter.factors is 'gradient' and experts.quantise {experts.quantise!r}; "
+            "4-bit blocks have no gradient: use 'random'"
+        )
     yield from _below("adapter.siblings", settings.adapter.siblings, 1)
     yield from _below("assembler.width", settings.assembler.width, 0)
     yield from _below("assembler.prefix_tokens", settings.assembler.prefix_tokens, 1)

@@ -167,7 +167,7 @@ class FrozenBlocks(nn.Module):
             k: K; its repair's down projection takes the base's place.
             dtype: of float blocks.
         """
-        names = self._names(k)
+        names = self.names_at(k)
         packed = all(name in self.packed for name in names)
         if packed and not self.packed_block(GATE).codes_EH.is_cuda:
             gate, up, down = map(self.packed_block, names)
@@ -178,8 +178,8 @@ class FrozenBlocks(nn.Module):
         gate_EFD, up_EFD, down_EFD = (self.block(name, dtype) for name in names)
         return ExpertWeights(gate_EFD=gate_EFD, up_EFD=up_EFD, down_EFD=down_EFD)
 
-    def _names(self, k: int) -> tuple[str, str, str]:
-        """Of gate, up and down projection at K."""
+    def names_at(self, k: int) -> tuple[str, str, str]:
+        """Names of the blocks of gate, up and down projection at K."""
         return GATE, UP, repair_name(k, DOWN) if k in self.repaired else DOWN
 
     @contextmanager
@@ -190,7 +190,7 @@ class FrozenBlocks(nn.Module):
             k: K; its repair's down projection takes the base's place.
             dtype: of the blocks.
         """
-        names = self._names(k)
+        names = self.names_at(k)
         blocks = [self.block(name, dtype) for name in names]
         pairs = [
             (block, self.packed_block(name))

@@ -1,6 +1,7 @@
 """What a bootstrap does to a converted folder before the folder takes its name.
 
-converted → gradient stage (``distill.steps``) → 4-bit blocks (``experts.quantise``)
+converted → gradient stage (``distill.steps``) → factors (``adapter.factors``)
+→ 4-bit blocks (``experts.quantise``)
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from pathlib import Path
 from samv2.federated.frontier_inputs import FrontierInputs
 from samv2.federated.phases import Phases
 from samv2.models.distilled_folder import distill_folder
+from samv2.models.gradient_factors import GRADIENT, fit_factors
 from samv2.models.quantised_blocks import NF4, quantise_folder
+from samv2.models.save import load_expert_model, save_expert_model
 from samv2.models.streamed_bootstrap import StreamedBootstrap
 from samv2.models.streamed_scores import score_folder
 
 LEARNING = "Learning from the dense model (steps)"
+AIMING = "Aiming adapters (batches)"
 QUANTISING = "Quantising expert blocks (layers)"
 SCORING = "Scoring the 4-bit model (layers)"
 
@@ -36,6 +40,8 @@ def finish(
     """
     if inputs.settings.distill.steps:
         made = _learn(folder, made, inputs, phases)
+    if inputs.settings.adapter.factors == GRADIENT:
+        made = _aim(folder, made, inputs, phases)
     if inputs.settings.experts.quantise == NF4:
         made = _quantise(folder, made, inputs, phases)
     return made
@@ -65,6 +71,17 @@ def _learn(
             "distill.learning_rate, or give it more steps and text.[/yellow]"
         )
     return replace(made, scores=made.scores | scores)
+
+
+def _aim(
+    folder: Path, made: StreamedBootstrap, inputs: FrontierInputs, phases: Phases
+) -> StreamedBootstrap:
+    """Adapter factors along gradients; nothing is trained yet, so scores stay."""
+    phases.start(AIMING)
+    model, tokenizer = load_expert_model(folder)
+    fit_factors(model, inputs.calibration_NS, progress=phases.advance)
+    save_expert_model(model, tokenizer, folder)
+    return replace(made, config=model.expert_config)
 
 
 def _quantise(

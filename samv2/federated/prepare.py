@@ -48,6 +48,7 @@ from samv2.models.bootstrap import (
     parse_layers,
 )
 from samv2.models.expert_config import ExpertModelConfig
+from samv2.models.gradient_factors import GRADIENT, fit_factors
 from samv2.models.llama_loader import (
     DTYPES,
     LoadedModel,
@@ -187,6 +188,9 @@ def convert_and_save(
             fingerprint=loaded.fingerprint,
             progress=advance,
         )
+    if settings.adapter.factors == GRADIENT:
+        with progress_bar(console, "Aiming adapters (batches)", 1) as advance:
+            fit_factors(made.model, calibration_NS, progress=advance)
     if settings.experts.quantise == NF4:
         quantise_model(made.model)
     save_expert_model(made.model, loaded.tokenizer, folder)

@@ -46,6 +46,8 @@ class ExpertModelConfig:
     """R."""
     adapter_scale: float = 2.0
     """s."""
+    factors: str = "random"
+    """``random``: made from the seed; ``gradient``: fitted and stored."""
     siblings: int = 1
     """G, sets of adapter rows that an expert has; see
     :mod:`samv2.experts.sibling_gate`."""

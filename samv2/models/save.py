@@ -4,7 +4,7 @@
 (:class:`ExpertModelConfig`). The ``*.safetensors`` files together (one, or one a layer
 where a bootstrap streamed) hold the decoder under its Hugging Face names, with a
 converted layer's ``mlp`` as its experts, gate, surrogates, repairs and graph. The frozen
-adapter factors are generated from the seed and not stored.
+adapter factors that are generated from the seed are not stored.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from samv2.models.expert_model import (
     ExpertDecoderLayer,
     ExpertModel,
 )
+from samv2.models.gradient_factors import FACTORS, factor_tensors
 from samv2.models.model_files import read_tokenizer
 from samv2_kernels import ExpertWeights, Surrogates
 from samv2_kernels.nf4 import Nf4Experts
@@ -51,7 +52,6 @@ CONFIG_KEY = "samv2"
 CONFIG_FILE = "expert_config.json"
 """Not ``config.json``: transformers refuses the folder instead of loading random FFNs."""
 WEIGHTS = "model.safetensors"
-FACTORS = ("factor_gate_RD", "factor_up_RD", "factor_down_DR")
 
 
 def save_expert_model(
@@ -106,6 +106,7 @@ def conversion_settings(folder: Path) -> dict[str, str | int | float | bool]:
         "experts.quantise": config.quantise,
         "adapter.rank": config.adapter_rank,
         "adapter.scale": config.adapter_scale,
+        "adapter.factors": config.factors,
         "adapter.siblings": config.siblings,
         "assembler.width": config.assembler_width,
         "assembler.prefix_tokens": config.prefix_tokens,
@@ -124,6 +125,8 @@ def expert_fingerprint(model: ExpertModel) -> str:
     for expert_id, block in sorted(model.read_blocks().items()):
         digest.update(expert_id.to_bytes(4, "little"))
         digest.update(block.numpy().tobytes())
+    for _, factor in sorted(factor_tensors(model).items()):
+        digest.update(factor.numpy().tobytes())
     for layer in model.expert_layers:
         for k in layer.repaired:
             bias_D = getattr(layer, repair_name(k, "bias_D"))
@@ -250,6 +253,7 @@ def _weights(model: ExpertModel) -> dict[str, Tensor]:
     kept = stored_tensors(model.llama)
     if model.config.tie_word_embeddings:
         kept.pop("lm_head.weight", None)
+    kept |= factor_tensors(model)
     return kept | other_tensors(model.assembler, model.sibling_gate)
 
 

@@ -14,9 +14,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from samv2.common.errors import ModelError
 from samv2.models.bootstrap import make_assembler
 from samv2.models.convert_layer import layer_factors
 from samv2.models.expert_model import ExpertModel
+from samv2.models.gradient_factors import GRADIENT
 
 
 def with_trainables(
@@ -42,8 +44,14 @@ def with_trainables(
         The model that a conversion with these settings makes.
 
     Raises:
-        ModelError: the rank is outside 1..D.
+        ModelError: the rank is outside 1..D, or differs while factors are fitted.
     """
+    fitted = model.expert_config.factors == GRADIENT
+    if fitted and adapter_rank != model.expert_config.adapter_rank:
+        raise ModelError(
+            f"adapter.rank is {adapter_rank}, but the factors were fitted for "
+            f"{model.expert_config.adapter_rank}; convert again"
+        )
     config = replace(
         model.expert_config,
         adapter_rank=adapter_rank,
@@ -56,11 +64,12 @@ def with_trainables(
     assembler = make_assembler(model.config.hidden_size, config)
     for position, layer in enumerate(model.expert_layers):
         experts, width, model_width = layer.shape
-        factors = layer_factors(position, model_width, config)
-        layer.factor_gate_RD = factors.gate_RD
-        layer.factor_up_RD = factors.up_RD
-        layer.factor_down_DR = factors.down_DR
-        layer.scale, layer.siblings = factors.scale, siblings
+        if not fitted:
+            factors = layer_factors(position, model_width, config)
+            layer.factor_gate_RD = factors.gate_RD
+            layer.factor_up_RD = factors.up_RD
+            layer.factor_down_DR = factors.down_DR
+        layer.scale, layer.siblings = adapter_scale, siblings
         columns = adapter_rank * siblings
         for name, shape in (
             ("adapter_gate_EFR", (experts, width, columns)),
