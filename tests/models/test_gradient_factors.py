@@ -55,7 +55,9 @@ def test_fitting_changes_no_logit_and_no_parameter(
     asked = {name for name, part in model.named_parameters() if part.requires_grad}
     calls: list[tuple[int, int]] = []
     fit_factors(
-        model, tiny_calibration, progress=lambda done, total: calls.append((done, total))
+        model,
+        tiny_calibration,
+        progress=lambda done, total: calls.append((done, total)),
     )
     assert torch.equal(logits_of(model, tiny_batch), before)
     after = model.read_blocks()
@@ -74,9 +76,7 @@ def test_they_catch_more_of_new_text_than_random_ones(
         """The squared gradient of all adapter rows on held-out text."""
         model.freeze_base()
         model.zero_grad()
-        next_token_loss(
-            model, tiny_batch, WalkOptions(use_assembler=False)
-        ).backward()
+        next_token_loss(model, tiny_batch, WalkOptions(use_assembler=False)).backward()
         parts = ("adapter_gate_EFR", "adapter_up_EFR", "adapter_down_ERF")
         return sum(
             float(getattr(layer, name).grad.square().sum())
