@@ -38,13 +38,18 @@ setsid flower-superlink --insecure --simulation --isolation subprocess \
   --host 127.0.0.1 --port "$port" --database "$FLWR_HOME/superlink.db" \
   >"$FLWR_HOME/superlink.log" 2>&1 &
 superlink=$!
+gone() { # whether all that was started here ends within some seconds
+  for _ in $(seq "$1"); do
+    kill -0 -- "-$superlink" 2>/dev/null || return 0
+    sleep 1
+  done
+  return 1
+}
 stop() {
   kill -- "-$superlink" 2>/dev/null || true
-  for _ in $(seq 50); do
-    kill -0 -- "-$superlink" 2>/dev/null || return 0
-    sleep 0.2
-  done
+  gone 10 && return
   kill -9 -- "-$superlink" 2>/dev/null || true
+  gone 30 || true
 }
 trap stop EXIT
 answers() {
