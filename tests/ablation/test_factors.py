@@ -32,7 +32,7 @@ def test_on_and_off() -> None:
     assert levels("assembler", ["on"], assembler__width="0") == [16]
     assert levels("chains", [True, "off"]) == [True, False]
     assert levels("surrogates", ["on", "off"], experts__surrogate_rank="4") == [4, 0]
-    assert levels("error_feedback", ["on", "off", "0.5"]) == [0.9, 0.0, 0.5]
+    assert levels("error_feedback", ["on", "off", "0.5"]) == [1.0, 0.0, 0.5]
     assert levels("shared", ["on", "off"]) == [2, 0]
 
 

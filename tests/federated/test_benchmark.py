@@ -288,7 +288,10 @@ def test_the_shipped_protocols_are_sound(name: str) -> None:
     lora = made.methods["fedit"].adapter
     assert (lora.rank, lora.rank * lora.scale) == (8, 16.0)
     sparse, plain = made.methods["samv2-sparse"], made.methods["samv2"]
-    assert sparse.federation.update_budget_bytes < plain.federation.update_budget_bytes
+    assert plain.experts.experts_per_token == plain.experts.num_experts
+    assert sparse.experts.experts_per_token < sparse.experts.num_experts / 2
+    for method in (sparse, plain):
+        assert method.adapter.siblings >= made.base.federation.clients
 
 
 def test_the_table_has_a_row_a_method(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -13,12 +13,13 @@ from samv2.models.trainables import with_trainables
 from tests.helpers import convert, logits_of
 
 
-@pytest.mark.parametrize("width", [0, 8])
+@pytest.mark.parametrize("width, siblings", [(0, 1), (8, 1), (8, 3)])
 def test_it_is_what_a_conversion_makes(
     tiny_llama_folder: object,
     tiny_calibration: Tensor,
     tiny_batch: Tensor,
     width: int,
+    siblings: int,
 ) -> None:
     def llama() -> LlamaForCausalLM:
         return LlamaForCausalLM.from_pretrained(tiny_llama_folder).eval()
@@ -26,13 +27,19 @@ def test_it_is_what_a_conversion_makes(
     overrides = [
         "adapter.rank=2",
         "adapter.scale=3.0",
+        f"adapter.siblings={siblings}",
         f"assembler.width={width}",
         "assembler.prefix_tokens=4",
     ]
     expected = convert(llama(), tiny_calibration, overrides).model
     start = convert(llama(), tiny_calibration).model
     made = with_trainables(
-        start, adapter_rank=2, adapter_scale=3.0, assembler_width=width, prefix_tokens=4
+        start,
+        adapter_rank=2,
+        adapter_scale=3.0,
+        siblings=siblings,
+        assembler_width=width,
+        prefix_tokens=4,
     )
     assert made.expert_config == expected.expert_config
     assert expert_fingerprint(made) == expert_fingerprint(expected)
@@ -53,6 +60,7 @@ def test_a_rank_beyond_the_width_is_refused(
             model,
             adapter_rank=65,
             adapter_scale=1.0,
+            siblings=1,
             assembler_width=0,
             prefix_tokens=4,
         )
