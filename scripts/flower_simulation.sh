@@ -38,18 +38,33 @@ setsid flower-superlink --insecure --simulation --isolation subprocess \
   --host 127.0.0.1 --port "$port" --database "$FLWR_HOME/superlink.db" \
   >"$FLWR_HOME/superlink.log" 2>&1 &
 superlink=$!
-gone() { # whether all that was started here ends within some seconds
-  for _ in $(seq "$1"); do
-    kill -0 -- "-$superlink" 2>/dev/null || return 0
-    sleep 1
-  done
-  return 1
+# What the SuperLink starts has sessions of its own, and is known by its environment.
+started() {
+  python - "$FLWR_HOME" <<'END'
+import os, pathlib, sys
+
+mark, mine, pid = f"FLWR_HOME={sys.argv[1]}".encode(), set(), os.getpid()
+while pid:  # this process and those above it stay
+    mine.add(pid)
+    stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    pid = int(stat.rpartition(")")[2].split()[1])
+for process in pathlib.Path("/proc").glob("[0-9]*"):
+    try:
+        found = mark in (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        continue
+    if found and int(process.name) not in mine:
+        print(process.name)
+END
 }
 stop() {
   kill -- "-$superlink" 2>/dev/null || true
-  gone 10 && return
-  kill -9 -- "-$superlink" 2>/dev/null || true
-  gone 30 || true
+  for second in $(seq 60); do
+    left=$(started)
+    [ -n "$left" ] || return 0
+    if [ "$second" -gt 10 ]; then kill -9 $left 2>/dev/null || true; fi
+    sleep 1
+  done
 }
 trap stop EXIT
 answers() {
