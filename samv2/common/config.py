@@ -207,6 +207,10 @@ def read_value(value: Any, kind: type) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ValueError("write a list of whole numbers")
         return tuple(read_value(item, int) for item in value)
+    if kind == tuple[float, ...]:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError("write a list of numbers")
+        return tuple(read_value(item, float) for item in value)
     if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
         return tuple(value)
     raise ValueError("write a list of strings")

@@ -2,26 +2,15 @@
 
 ``[section]`` tables of a TOML file map onto the sections of :class:`Settings`; dotted
 keys (``federation.rounds``) name the same fields on the command line and in Flower's
-run config. All checks are here and are run at once.
+run config. They are checked all at once, by :mod:`samv2.common.settings_checks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from samv2.common.errors import ConfigError
-
-FEATURES = ("coactivation", "gate", "gate_up_down")
-GATES = ("ridge", "ridge_log", "avg_k")
-COMBINES = ("unit", "softmax")
-SPLITS = ("domain", "shards", "dirichlet")
-CODECS = ("raw", "bf16", "f16", "int8", "nf4", "int4")
-NORMALISE = ("contributors", "all")
-DTYPES = ("float32", "bfloat16")
-QUANTISATIONS = ("none", "nf4")
-SCHEDULES = ("constant", "cosine")
-FACTORS = ("random", "gradient")
+from samv2.common.settings_checks import find_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +120,8 @@ class DataSettings:
     """Held-out text per domain, bytes of UTF-8."""
     calibration_bytes: int = 65_536
     """Calibration text per domain, bytes of UTF-8."""
+    drift: tuple[str, ...] = ()
+    """Changes of clients' text, ``ROUND:CLIENT-CLIENT=DOMAIN``, e.g. ``6:0-1=chat``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +187,10 @@ class FederationSettings:
     """Held-out windows a client and domain that are scored."""
     eval_every: int = 1
     """Rounds from one scoring of held-out text to the next; the last is always scored."""
+    retries: int = 1
+    """How often a client that failed is asked again within its round."""
+    quarantine: int = 0
+    """Refused replies after which a client is asked no more; 0: never."""
     round_timeout: float = 3600.0
     """Seconds after which the replies of a round that are missing are given up."""
 
@@ -216,6 +211,90 @@ class EditSettings:
     """Rounds that an edited edge rests."""
     momentum: float = 0.8
     """Of the exponential average of usage and demand."""
+    vote_cap: float = 1.0
+    """Most of a layer's counts that one client may hold, as a share; 1: no cap."""
+    min_voters: int = 1
+    """Clients of a round that must have wanted an edge before it is promoted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationSettings:
+    """How the server makes one change of a round's updates."""
+
+    rule: str = "mean"
+    """Per expert, over those who sent it: ``mean``, ``trimmed_mean`` or ``median``."""
+    trim: float = 0.2
+    """Share of the updates that ``trimmed_mean`` cuts off at each end."""
+    quorum: int = 3
+    """Updates of an expert below which a robust rule takes the mean of clipped ones."""
+    clip_to_median: float = 0.0
+    """Scale an update down to this multiple of the round's median norm; 0: do not."""
+    optimizer: str = "fedavg"
+    """Of the server: ``fedavg`` (adds the change), ``fedavgm`` or ``fedadam``."""
+    learning_rate: float = 1.0
+    """The server's."""
+    momentum: float = 0.9
+    """Of ``fedavgm`` and ``fedadam``."""
+    beta2: float = 0.99
+    """Of ``fedadam``'s second moment."""
+    epsilon: float = 1e-3
+    """Of ``fedadam``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacySettings:
+    """Differential privacy of clients (whole-client, central noise)."""
+
+    noise: float = 0.0
+    """Noise multiplier: the noise's deviation over ``clip``; 0 turns privacy off."""
+    clip: float = 1.0
+    """L2 norm that every client's whole update is scaled down to."""
+    delta: float = 1e-5
+    """Of the (epsilon, delta) that the log states."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSettings:
+    """What clients can hold; a node's own config goes before this.
+
+    Client i has entry i modulo the list's length, so that one list makes a mix of full,
+    half and tiny clients.
+    """
+
+    memory_bytes: tuple[int, ...] = ()
+    """Most memory a client's model and training may take, bytes; 0: no limit."""
+    flops: tuple[float, ...] = ()
+    """Most FFN multiply-adds a token, over the dense model's; 0: no limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftSettings:
+    """When clients' text changes: notice it, and give it a sibling of its own."""
+
+    detect: bool = False
+    """Watch clients' losses and texts for a change."""
+    spawn: bool = True
+    """Whether a change that no sibling serves gets a new one (reuse goes first)."""
+    reserve: int = 1
+    """Siblings held back at the start for kinds of text that come later."""
+    threshold: float = 0.5
+    """Page-Hinkley: rise of a client's loss over its mean, summed, in nats."""
+    tolerance: float = 0.05
+    """Page-Hinkley: rise a round that is not counted, in nats."""
+    distance: float = 0.5
+    """Jensen-Shannon distance of a client's text from what it was that counts."""
+    patience: int = 3
+    """Rounds without a client after which a spawned sibling is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RehearsalSettings:
+    """Faults on purpose, to see a federation live through them; off by default."""
+
+    fail: float = 0.0
+    """Share of training requests that a client fails: an error, silence, or death."""
+    hostile: float = 0.0
+    """Share of the clients that send hostile replies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,166 +312,13 @@ class Settings:
     train: TrainSettings = field(default_factory=TrainSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
     edits: EditSettings = field(default_factory=EditSettings)
+    aggregation: AggregationSettings = field(default_factory=AggregationSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    budgets: BudgetSettings = field(default_factory=BudgetSettings)
+    drift: DriftSettings = field(default_factory=DriftSettings)
+    rehearsal: RehearsalSettings = field(default_factory=RehearsalSettings)
 
     def __post_init__(self) -> None:
-        faults = list(self._faults())
+        faults = list(find_faults(self))
         if faults:
             raise ConfigError(faults)
-
-    def _faults(self) -> Iterator[str]:
-        yield from _model_faults(self)
-        yield from _data_faults(self)
-        yield from _train_faults(self)
-        yield from _federation_faults(self)
-
-
-def _below(name: str, value: float, least: float) -> Iterator[str]:
-    if value < least:
-        yield f"{name} is {value}; use at least {least}"
-
-
-def _unknown(name: str, value: str, known: tuple[str, ...]) -> Iterator[str]:
-    if value not in known:
-        yield f"{name} is {value!r}; use one of {', '.join(known)}"
-
-
-def _model_faults(settings: Settings) -> Iterator[str]:
-    experts = settings.experts
-    if not 0 <= settings.seed < 2**32:
-        yield f"seed is {settings.seed}; use a whole number in 0..{2**32 - 1}"
-    yield from _unknown("model.dtype", settings.model.dtype, DTYPES)
-    yield from _below("experts.num_experts", experts.num_experts, 1)
-    yield from _below("experts.num_shared", experts.num_shared, 0)
-    if experts.num_shared >= max(1, experts.num_experts):
-        yield (
-            f"experts.num_shared is {experts.num_shared}; at least one of the "
-            f"{experts.num_experts} experts must be routed"
-        )
-    least = max(1, experts.num_shared)
-    if not least <= experts.experts_per_token <= experts.num_experts:
-        yield (
-            f"experts.experts_per_token is {experts.experts_per_token}; it counts the "
-            f"{experts.num_shared} shared experts and must lie in "
-            f"{least}..{experts.num_experts}"
-        )
-    yield from _unknown("experts.feature", experts.feature, FEATURES)
-    yield from _unknown("experts.gate", experts.gate, GATES)
-    yield from _unknown("experts.combine", experts.combine, COMBINES)
-    yield from _unknown("experts.quantise", experts.quantise, QUANTISATIONS)
-    yield from _below("experts.cluster_starts", experts.cluster_starts, 1)
-    yield from _below("experts.surrogate_rank", experts.surrogate_rank, 0)
-    yield from _below("experts.calibration_tokens", experts.calibration_tokens, 256)
-    yield from _below("experts.chain_degree", experts.chain_degree, 0)
-    yield from _below("experts.repair_rank", experts.repair_rank, 0)
-    for k in experts.other_k:
-        if not least <= k <= experts.num_experts:
-            yield (
-                f"experts.other_k names {k}; K must lie in {least}.."
-                f"{experts.num_experts}"
-            )
-    yield from _below("distill.steps", settings.distill.steps, 0)
-    yield from _below("distill.batch_size", settings.distill.batch_size, 1)
-    if settings.distill.learning_rate <= 0:
-        yield (
-            f"distill.learning_rate is {settings.distill.learning_rate}; use a positive "
-            "number"
-        )
-    yield from _below("adapter.rank", settings.adapter.rank, 1)
-    yield from _unknown("adapter.factors", settings.adapter.factors, FACTORS)
-    if settings.adapter.factors == "gradient" and experts.quantise != "none":
-        yield (
-            f"adapter.factors is 'gradient' and experts.quantise {experts.quantise!r}; "
-            "4-bit blocks have no gradient: use 'random'"
-        )
-    yield from _below("adapter.siblings", settings.adapter.siblings, 1)
-    yield from _below("assembler.width", settings.assembler.width, 0)
-    yield from _below("assembler.prefix_tokens", settings.assembler.prefix_tokens, 1)
-    for name in ("temperature_start", "temperature_end"):
-        yield from _below(f"assembler.{name}", getattr(settings.assembler, name), 0.01)
-
-
-def _data_faults(settings: Settings) -> Iterator[str]:
-    data = settings.data
-    yield from _unknown("data.split", data.split, SPLITS)
-    if not data.domains:
-        yield "data.domains is empty; name at least one domain"
-    if len(set(data.domains)) != len(data.domains):
-        yield f"data.domains names a domain twice: {', '.join(data.domains)}"
-    if commas := [name for name in data.domains if "," in name]:
-        yield f"data.domains holds {commas[0]!r}; a name or path cannot have a comma"
-    if data.alpha <= 0:
-        yield f"data.alpha is {data.alpha}; use a positive number"
-    for name in ("train_bytes", "heldout_bytes", "calibration_bytes"):
-        yield from _below(f"data.{name}", getattr(data, name), 1024)
-
-
-def _train_faults(settings: Settings) -> Iterator[str]:
-    train = settings.train
-    for name in ("local_steps", "batch_size"):
-        yield from _below(f"train.{name}", getattr(train, name), 1)
-    yield from _below("train.sequence_length", train.sequence_length, 8)
-    prefix = settings.assembler.prefix_tokens
-    if settings.assembler.width and train.sequence_length <= prefix:
-        yield (
-            f"train.sequence_length is {train.sequence_length}; it must exceed "
-            f"assembler.prefix_tokens = {prefix}, or the assembler never makes a mask"
-        )
-    yield from _unknown("train.schedule", train.schedule, SCHEDULES)
-    for name in ("learning_rate", "clip_norm"):
-        if getattr(train, name) <= 0:
-            yield f"train.{name} is {getattr(train, name)}; use a positive number"
-
-
-def _federation_faults(settings: Settings) -> Iterator[str]:
-    federation, edits = settings.federation, settings.edits
-    for name in (
-        "rounds",
-        "clients",
-        "min_replies",
-        "max_examples",
-        "eval_windows",
-        "eval_every",
-    ):
-        yield from _below(f"federation.{name}", getattr(federation, name), 1)
-    for name in ("workers", "clients_per_round", "send_experts", "clip_update_norm"):
-        yield from _below(f"federation.{name}", getattr(federation, name), 0)
-    sampled = federation.clients_per_round or federation.clients
-    if sampled > federation.clients:
-        yield (
-            f"federation.clients_per_round is {sampled}, but there are only "
-            f"{federation.clients} clients"
-        )
-    if federation.min_replies > sampled:
-        yield (
-            f"federation.min_replies is {federation.min_replies}, but only {sampled} "
-            "clients are asked a round"
-        )
-    if federation.round_timeout <= 0:
-        yield (
-            f"federation.round_timeout is {federation.round_timeout}; use a positive "
-            "number of seconds"
-        )
-    yield from _below(
-        "federation.update_budget_bytes", federation.update_budget_bytes, 4096
-    )
-    yield from _unknown("federation.codec", federation.codec, CODECS)
-    yield from _unknown("federation.normalise", federation.normalise, NORMALISE)
-    if not 0 <= federation.error_feedback <= 1:
-        yield (
-            f"federation.error_feedback is {federation.error_feedback}; use a share "
-            "in 0..1"
-        )
-    if not 0 <= federation.sibling_share <= 1:
-        yield (
-            f"federation.sibling_share is {federation.sibling_share}; use a share in 0..1"
-        )
-    yield from _below("edits.rho_max", edits.rho_max, 0)
-    yield from _below("edits.patience", edits.patience, 1)
-    yield from _below("edits.cooldown", edits.cooldown, 0)
-    if not 0 <= edits.momentum < 1:
-        yield f"edits.momentum is {edits.momentum}; use a share in 0..1, below 1"
-    if edits.tau_prune < 0 or edits.tau_promote <= 0:
-        yield (
-            f"edits.tau_prune is {edits.tau_prune} and edits.tau_promote is "
-            f"{edits.tau_promote}; use positive shares"
-        )

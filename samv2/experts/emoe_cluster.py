@@ -23,7 +23,7 @@ from k_means_constrained import KMeansConstrained
 from torch import Tensor
 
 from samv2.common.errors import ModelError
-from samv2.common.settings import FEATURES
+from samv2.common.settings_checks import FEATURES
 from samv2.experts.balanced_kmeans import (
     balanced_kmeans,
     check_divisible,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from samv2.common.errors import ModelError
-from samv2.common.settings import COMBINES
+from samv2.common.settings_checks import COMBINES
 from samv2.experts.calibration import Gate
 from samv2.experts.costs import grouping_pays
 from samv2.experts.frozen_blocks import FrozenBlocks

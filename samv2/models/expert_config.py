@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from samv2.common.errors import ModelError
-from samv2.common.settings import QUANTISATIONS
+from samv2.common.settings_checks import QUANTISATIONS
 from samv2.experts.costs import ffn_flops_fraction
 
 

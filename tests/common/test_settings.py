@@ -39,7 +39,7 @@ def test_sections_are_dataclasses_and_fields_plain() -> None:
     for kind in get_type_hints(Settings).values():
         if is_dataclass(kind):
             kinds = set(get_type_hints(kind).values())
-            lists = {tuple[str, ...], tuple[int, ...]}
+            lists = {tuple[str, ...], tuple[int, ...], tuple[float, ...]}
             assert kinds <= {int, float, str, bool} | lists
 
 
@@ -92,6 +92,32 @@ FAULTS = [
     ("edits.patience", 0, "edits.patience is 0; use at least 1"),
     ("edits.momentum", 1.0, "edits.momentum is 1.0; use a share in 0..1, below 1"),
     ("edits.tau_promote", 0.0, "edits.tau_promote is 0.0; use positive shares"),
+    ("edits.vote_cap", 0.0, "edits.vote_cap is 0.0; use a share above 0"),
+    ("edits.min_voters", 0, "edits.min_voters is 0; use at least 1"),
+    ("federation.retries", -1, "federation.retries is -1; use at least 0"),
+    ("federation.quarantine", -1, "federation.quarantine is -1; use at least 0"),
+    ("aggregation.rule", "x", "aggregation.rule is 'x'; use one of mean, trimmed"),
+    ("aggregation.optimizer", "x", "optimizer is 'x'; use one of fedavg, fedavgm"),
+    ("aggregation.trim", 0.5, "aggregation.trim is 0.5; use a share in 0..0.5"),
+    ("aggregation.quorum", 0, "aggregation.quorum is 0; use at least 1"),
+    ("aggregation.clip_to_median", -1.0, "clip_to_median is -1.0; use at least 0"),
+    ("aggregation.learning_rate", 0.0, "learning_rate is 0.0; use a positive number"),
+    ("aggregation.momentum", 1.0, "aggregation.momentum is 1.0; use a share"),
+    ("aggregation.beta2", 1.0, "aggregation.beta2 is 1.0; use a share"),
+    ("aggregation.epsilon", 0.0, "aggregation.epsilon is 0.0; use a positive number"),
+    ("privacy.noise", -1.0, "privacy.noise is -1.0; use at least 0"),
+    ("privacy.clip", 0.0, "privacy.clip is 0.0; use a positive number"),
+    ("privacy.delta", 1.0, "privacy.delta is 1.0; use a number between 0 and 1"),
+    ("budgets.memory_bytes", (1, -1), "budgets.memory_bytes names -1; use 0"),
+    ("budgets.flops", (-0.5,), "budgets.flops names -0.5; use 0"),
+    ("drift.detect", True, "drift.detect is true and adapter.siblings 1"),
+    ("drift.reserve", -1, "drift.reserve is -1; use at least 0"),
+    ("drift.threshold", 0.0, "drift.threshold is 0.0; use a positive number"),
+    ("drift.tolerance", -0.1, "drift.tolerance is -0.1; use at least 0"),
+    ("drift.distance", 0.0, "drift.distance is 0.0; use a positive number"),
+    ("drift.patience", 0, "drift.patience is 0; use at least 1"),
+    ("rehearsal.fail", 1.0, "rehearsal.fail is 1.0; use a share in 0..1, below 1"),
+    ("rehearsal.hostile", -0.1, "rehearsal.hostile is -0.1; use a share in 0..1"),
 ]
 
 

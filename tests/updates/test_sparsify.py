@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from samv2.common.settings import CODECS
+from samv2.common.settings_checks import CODECS
 from samv2.updates.packing import Manifest, pack, unpack
 from samv2.updates.sparsify import (
     FRAME_BYTES,
