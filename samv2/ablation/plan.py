@@ -18,6 +18,7 @@ from samv2.ablation.factors import ENGINE, SWITCHES, Factor, word_of
 from samv2.common.config import field_kinds, read_value, settings_from_flat, to_flat
 from samv2.common.errors import ConfigError, ModelError, SamError
 from samv2.common.settings import Settings
+from samv2.data.drift import parse_drifts
 from samv2.data.sources import parse_domains
 from samv2.federated.prepare import check_budget, check_conversion
 from samv2.models.bootstrap import check_convertible
@@ -132,6 +133,10 @@ def impossible(settings: Settings) -> list[str]:
     path = Path(settings.model.path)
     faults: list[str] = []
     _try(faults, lambda: parse_domains(settings.data.domains))
+    _try(
+        faults,
+        lambda: parse_drifts(settings.data.drift, settings.federation.clients),
+    )
     dense = _try(faults, lambda: dense_config(settings))
     if dense is None:
         return faults

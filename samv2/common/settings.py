@@ -281,7 +281,7 @@ class DriftSettings:
     """Page-Hinkley: rise of a client's loss over its mean, summed, in nats."""
     tolerance: float = 0.05
     """Page-Hinkley: rise a round that is not counted, in nats."""
-    distance: float = 0.5
+    distance: float = 0.45
     """Jensen-Shannon distance of a client's text from what it was that counts."""
     patience: int = 3
     """Rounds without a client after which a spawned sibling is given up."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from samv2.common.errors import DataError
-from samv2.data.shard_types import ClientShard, FederatedIndex, FederatedText
+from samv2.data.shard_types import (
+    ClientShard,
+    FederatedIndex,
+    FederatedText,
+    LaterText,
+)
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -28,6 +35,7 @@ FORMAT = 1
 _INDEX = "index.json"
 _CALIBRATION = "calibration.safetensors"
 _HELDOUT_PREFIX = "heldout."
+_LATER = re.compile(r"later\.(\d+)\.(train|heldout\.(.+))", re.DOTALL)
 
 
 def save_federated_text(text: FederatedText, folder: Path) -> None:
@@ -43,6 +51,10 @@ def save_federated_text(text: FederatedText, folder: Path) -> None:
         stale.unlink()
     for client in text.clients:
         tensors = {f"{_HELDOUT_PREFIX}{n}": s for n, s in client.heldout.items()}
+        for round, later in client.later.items():
+            tensors[f"later.{round}.train"] = later.train
+            for name, stream in later.heldout.items():
+                tensors[f"later.{round}.{_HELDOUT_PREFIX}{name}"] = stream
         facts = {
             "index": client.index,
             "category_counts": client.category_counts,
@@ -81,6 +93,7 @@ def load_client(
             category_counts=dict(facts["category_counts"]),
             description=str(facts["description"]),
             tokenizer_fingerprint=str(facts["tokenizer_fingerprint"]),
+            later=_read_later(tensors),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
@@ -94,6 +107,23 @@ def load_client(
             "use the model they were made for or build the federated text again."
         )
     return shard
+
+
+def _read_later(tensors: Mapping[str, Tensor]) -> dict[int, LaterText]:
+    """Text by the first round of it."""
+    trains: dict[int, Tensor] = {}
+    heldouts: dict[int, dict[str, Tensor]] = {}
+    for name, stream in tensors.items():
+        if match := _LATER.fullmatch(name):
+            round = int(match[1])
+            if match[3] is None:
+                trains[round] = stream
+            else:
+                heldouts.setdefault(round, {})[match[3]] = stream
+    return {
+        round: LaterText(train=train, heldout=heldouts.get(round, {}))
+        for round, train in sorted(trains.items())
+    }
 
 
 def load_calibration(folder: Path) -> dict[str, Tensor]:

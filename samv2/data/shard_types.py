@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterText:
+    """Text that a client will hold from some round on, in place of what it had."""
+
+    train: Tensor
+    """Train tokens, long (N,)."""
+    heldout: dict[str, Tensor]
+    """Held-out tokens by domain, long (N,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +33,16 @@ class ClientShard:
     """One line for people, e.g. ``"client 3: legal 12, wiki 4 documents"``."""
     tokenizer_fingerprint: str
     """Fingerprint of the tokenizer that made the tokens."""
+    later: dict[int, LaterText] = field(default_factory=dict)
+    """Text by the first round of it; see :mod:`samv2.data.drift`."""
+
+    def at(self, round: int) -> ClientShard:
+        """The shard with the text that the client holds in a round, from 1."""
+        begun = [first for first in self.later if first <= round]
+        if not begun:
+            return self
+        text = self.later[max(begun)]
+        return replace(self, train=text.train, heldout=text.heldout)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ exactly once. Calibration text stays with the server.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from samv2.data.allocation import (
     split_shards,
 )
 from samv2.data.corpus import Corpus
+from samv2.data.division import DomainText
+from samv2.data.drift import Drift, give_later
 from samv2.data.shard_files import (
     load_calibration,
     load_client,
@@ -34,7 +37,12 @@ from samv2.data.shard_files import (
     load_index,
     save_federated_text,
 )
-from samv2.data.shard_types import ClientShard, FederatedIndex, FederatedText
+from samv2.data.shard_types import (
+    ClientShard,
+    FederatedIndex,
+    FederatedText,
+    LaterText,
+)
 from samv2.data.tokens import (
     token_histogram,
     tokenize_documents,
@@ -45,6 +53,7 @@ __all__ = [
     "ClientShard",
     "FederatedIndex",
     "FederatedText",
+    "LaterText",
     "build_federated_text",
     "load_calibration",
     "load_client",
@@ -71,6 +80,8 @@ def build_federated_text(
     min_items: int = 1,
     min_train_tokens: int = 256,
     heldout_window: int = 256,
+    drifts: Sequence[Drift] = (),
+    coming: Mapping[str, DomainText] = MappingProxyType({}),
     seed: int,
 ) -> FederatedText:
     """Divide a corpus among clients and tokenize it.
@@ -92,6 +103,8 @@ def build_federated_text(
         heldout_window: evaluation window in tokens. Held-out streams are cut at its
             multiples, so that the clients' windows are those of the whole stream; with
             more holders than windows, those with the most train text get them.
+        drifts: changes of clients' text in later rounds.
+        coming: domains of those changes that nobody holds at the start, by name.
         seed: seed of the split.
 
     Raises:
@@ -137,7 +150,15 @@ def build_federated_text(
         tokenizer_fingerprint=fingerprint,
         corpus_sha256=corpus.sha256,
     )
-    return FederatedText(clients=tuple(clients), calibration=calibration, index=index)
+    changing = give_later(
+        clients,
+        corpus.domains | dict(coming),
+        tokenizer,
+        drifts,
+        heldout_window=heldout_window,
+        min_train_tokens=min_train_tokens,
+    )
+    return FederatedText(clients=changing, calibration=calibration, index=index)
 
 
 def _allocate(

@@ -20,6 +20,8 @@ Shapes: B sequences, S positions, G siblings, N buckets, C counted texts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +78,9 @@ def count_tokens(tokens_N: Tensor) -> Tensor:
     return torch.bincount(bucket_of(tokens_N), minlength=BUCKETS).float()
 
 
-def fit_sibling_gate(counts_CN: Tensor, siblings: int) -> tuple[Tensor, list[int]]:
+def fit_sibling_gate(
+    counts_CN: Tensor, siblings: int, *, reserve: int = 0
+) -> tuple[Tensor, list[int]]:
     """A gate for texts of which only token counts are known.
 
     With more texts than siblings they are clustered as multinomials: each text goes to
@@ -87,6 +91,7 @@ def fit_sibling_gate(counts_CN: Tensor, siblings: int) -> tuple[Tensor, list[int
     Args:
         counts_CN: (C, N) counts of each text, none empty; scale does not matter.
         siblings: G.
+        reserve: siblings that serve no text yet.
 
     Returns:
         The gate's parameters as one flat vector, (N G + G,) float32, in the order of
@@ -97,15 +102,37 @@ def fit_sibling_gate(counts_CN: Tensor, siblings: int) -> tuple[Tensor, list[int
     background_N = share_CN.mean(dim=0) + 1e-12
     background_N = background_N / background_N.sum()
     members = list(range(texts))
-    if texts > siblings:
-        members = _cluster(share_CN, background_N, siblings)
+    if texts > siblings - reserve:
+        members = _cluster(share_CN, background_N, siblings - reserve)
     used = max(members) + 1
-    ratio_NG = torch.zeros(share_CN.shape[1], siblings, dtype=torch.double)
-    ratio_NG[:, :used] = _log_ratio(share_CN, background_N, members, used).T
+    ratio_GN = _log_ratio(share_CN, background_N, members, used)
+    return _flat_gate(ratio_GN, list(range(used)), siblings), members
+
+
+def gate_for_kinds(kinds: Mapping[int, Tensor], siblings: int) -> Tensor:
+    """A gate for kinds of text that are known.
+
+    Args:
+        kinds: {sibling: (N,) shares of tokens in its text}; others serve none.
+        siblings: G.
+
+    Returns:
+        The gate's parameters, as :func:`fit_sibling_gate` has them.
+    """
+    used = sorted(kinds)
+    share_GN = torch.stack([kinds[sibling] for sibling in used]).double()
+    background_N = share_GN.mean(dim=0) + 1e-12
+    background_N = background_N / background_N.sum()
+    ratio_GN = _log_ratio(share_GN, background_N, list(range(len(used))), len(used))
+    return _flat_gate(ratio_GN, used, siblings)
+
+
+def _flat_gate(ratio_GN: Tensor, used: list[int], siblings: int) -> Tensor:
+    ratio_NG = torch.zeros(ratio_GN.shape[1], siblings, dtype=torch.double)
+    ratio_NG[:, used] = ratio_GN.T
     prior_G = torch.full((siblings,), NEVER, dtype=torch.double)
-    prior_G[:used] = 0
-    flat = torch.cat([(TEMPERATURE * ratio_NG).flatten(), prior_G])
-    return flat.float(), members
+    prior_G[used] = 0
+    return torch.cat([(TEMPERATURE * ratio_NG).flatten(), prior_G]).float()
 
 
 def _log_ratio(

@@ -24,6 +24,8 @@ from torch import Tensor
 from samv2.common.errors import CheckpointError, GraphError
 from samv2.common.files import replace_folder
 from samv2.experts.graph import Edit, ExpertGraph
+from samv2.federated.drift import SiblingMemory
+from samv2.federated.drift_state import from_parts, to_parts
 from samv2.federated.graph_edits import EdgeMemory
 from samv2.federated.server_merge import ServerState
 
@@ -67,6 +69,10 @@ def save_checkpoint(
     """
     tensors = {f"block.{key}": value for key, value in state.blocks.items()}
     tensors |= {f"memory.{name}": getattr(state.memory, name) for name in MEMORY}
+    siblings = None
+    if state.siblings is not None:
+        kept, siblings = to_parts(state.siblings)
+        tensors |= {f"siblings.{name}": value for name, value in kept.items()}
     tensors["graph.edge_mask_LEE"] = state.graph.edge_mask_LEE
     tensors["graph.order_LE"] = state.graph.order_LE
     facts = {
@@ -75,6 +81,7 @@ def save_checkpoint(
         "graph_version": state.graph.version,
         "memory_rounds": state.memory.rounds,
         "last_edits": [asdict(edit) for edit in state.last_edits],
+        "siblings": siblings,
         "model_fingerprint": model_fingerprint,
         "extra": extra or {},
     }
@@ -124,6 +131,7 @@ def load_checkpoint(
             graph=graph,
             memory=memory,
             last_edits=tuple(Edit(**edit) for edit in facts["last_edits"]),
+            siblings=_siblings_of(facts, tensors),
         )
         return state, facts["extra"]
     except _DAMAGE as error:
@@ -167,6 +175,20 @@ def _graph_of(
         **{name: tensors[f"memory.{name}"] for name in MEMORY},
     )
     return graph, memory
+
+
+def _siblings_of(
+    facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> SiblingMemory | None:
+    kept = facts.get("siblings")  # checkpoints from before drift was watched have none
+    if kept is None:
+        return None
+    named = {
+        name.removeprefix("siblings."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("siblings.")
+    }
+    return from_parts(named, kept)
 
 
 def _block_order(item: tuple[str, Any]) -> int:

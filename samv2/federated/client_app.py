@@ -22,6 +22,7 @@ from samv2.federated.client_round import (
     train_round,
 )
 from samv2.federated.grid import (
+    asked_round,
     counts_to_record,
     reply_to_record,
     request_from_record,
@@ -62,7 +63,8 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
     @app.query()
     def query(message: Message, context: Context) -> Message:
         client = client_index(context)
-        shard = load_client(where(context).shards, client)
+        round = asked_round(message.content)
+        shard = load_client(where(context).shards, client).at(round)
         metrics = MetricRecord({"client": client, "train-tokens": len(shard.train)})
         facts = ConfigRecord({"domains": ",".join(shard.heldout)})
         content = RecordDict({"metrics": metrics, "facts": facts})

@@ -148,7 +148,7 @@ def train_round(
     graph = update_graph(state.graph, request.graph)
     received = _load_round(runtime, request, graph)
     runtime.model.write_blocks(_with_own(received, state.residual))
-    shard = load_client(runtime.shards, client)
+    shard = load_client(runtime.shards, client).at(request.round)
     rate = learning_rate(settings, request.round)
     result = local_step(
         runtime.model,
@@ -181,7 +181,7 @@ def evaluate_round(
     _load_round(runtime, request, graph)
     train = runtime.settings.train
     held = heldout_windows(
-        [load_client(runtime.shards, client)],
+        [load_client(runtime.shards, client).at(request.round)],
         train.sequence_length,
         runtime.settings.federation.eval_windows,
     )

@@ -131,14 +131,20 @@ def reply_from_record(record: RecordDict) -> TrainReply:
         ) from None
 
 
-def counts_request() -> RecordDict:
-    """The content of a query that asks for token counts."""
-    return RecordDict({"wanted": ConfigRecord({"token-counts": True})})
+def counts_request(round: int) -> RecordDict:
+    """The content of a query that asks for token counts of the text in a round."""
+    wanted = ConfigRecord({"token-counts": True, "round": round})
+    return RecordDict({"wanted": wanted})
 
 
 def wants_counts(record: RecordDict) -> bool:
     """Whether a query asks for token counts."""
     return "wanted" in record and bool(record["wanted"].get("token-counts"))
+
+
+def asked_round(record: RecordDict) -> int:
+    """The round that a query is about; the first where it names none."""
+    return int(record["wanted"].get("round", 1)) if "wanted" in record else 1
 
 
 def counts_to_record(frame: bytes) -> ArrayRecord:

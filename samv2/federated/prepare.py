@@ -23,6 +23,7 @@ from samv2.common.errors import CheckpointError, ConfigError
 from samv2.common.files import write_bytes, write_json
 from samv2.common.settings import Settings
 from samv2.common.telemetry import progress_bar
+from samv2.data.drift import parse_drifts
 from samv2.data.shards import FederatedText
 from samv2.data.sources import parse_domains
 from samv2.experts.emoe_cluster import ClusterStats, format_stats
@@ -108,6 +109,7 @@ def prepare(run: RunFolder, settings: Settings, console: Console) -> Prepared:
         refuse_baseline(run)
         return _read(run)
     parse_domains(settings.data.domains)
+    parse_drifts(settings.data.drift, settings.federation.clients)
     given = Path(settings.model.path)
     if is_expert_model(given):
         prepared = _from_expert_model(run, given, settings, console)

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from samv2.common.files import write_bytes, write_json
 from samv2.common.settings import Settings
 from samv2.experts.moe_layers import WalkOptions
+from samv2.federated.drift import SiblingChange
 from samv2.federated.server_merge import MergeReport
 from samv2.federated.strategy import RoundReport
 from samv2.models.expert_model import ExpertModel
@@ -41,9 +43,12 @@ PACK_COLUMNS = (
 )
 
 
-def write_merge(root: Path, report: MergeReport) -> None:
-    """``merge_round{N}.json``."""
-    write_json(Path(root) / f"merge_round{report.round}.json", report.to_json())
+def write_merge(
+    root: Path, report: MergeReport, changes: Sequence[SiblingChange] = ()
+) -> None:
+    """``merge_round{N}.json``, with what was done about changed text as ``siblings``."""
+    content = report.to_json() | {"siblings": [asdict(change) for change in changes]}
+    write_json(Path(root) / f"merge_round{report.round}.json", content)
 
 
 def metrics_row(report: RoundReport) -> dict[str, Any]:
@@ -57,12 +62,14 @@ def metrics_row(report: RoundReport) -> dict[str, Any]:
         "refused": len(report.merge.refusals),
         "train_loss": loss,
         "perplexity": perplexities(report.scores),
-        "bytes_up": sum(reply.bytes_up for reply in replies),
+        "bytes_up": sum(reply.bytes_up for reply in replies)
+        + sum(report.drift_bytes.values()),
         "bytes_up_per_client": max((reply.bytes_up for reply in replies), default=0),
         "bytes_down": report.bytes_down_all,
         "bytes_down_per_client": report.bytes_down,
         "edits": len(report.merge.edits),
         "experts_updated": len(report.merge.contributors),
+        "sibling_changes": len(report.changes),
         "graph_version": report.merge.graph_version,
         "seconds": report.seconds,
     }

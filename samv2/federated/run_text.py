@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -13,6 +13,7 @@ from samv2.common.errors import DataError
 from samv2.common.fetch import cache_dir
 from samv2.common.settings import Settings
 from samv2.data.corpus import Corpus, PartSizes, build_corpus
+from samv2.data.drift import drift_specs, parse_drifts
 from samv2.data.shards import (
     FederatedText,
     build_federated_text,
@@ -25,14 +26,21 @@ from samv2.models.bootstrap import spread
 TRACED_TOKENS = 128
 
 
-def make_corpus(settings: Settings, console: Console) -> Corpus:
-    """The settings' domains, divided into train, calibration and held-out text.
+def make_corpus(
+    settings: Settings, console: Console, *, domains: Sequence[str] | None = None
+) -> Corpus:
+    """Domains, divided into train, calibration and held-out text.
 
     A built-in source that cannot be fetched is left out with a message.
+
+    Args:
+        settings: how much text, and its division.
+        console: for messages.
+        domains: None: those that the settings start with.
     """
     data = settings.data
     return build_corpus(
-        data.domains,
+        data.domains if domains is None else domains,
         cache=cache_dir(),
         seed=settings.seed,
         sizes=PartSizes(
@@ -56,14 +64,19 @@ def make_text(
 ) -> FederatedText:
     """Corpus to client shards, saved in the run directory."""
     length = settings.train.sequence_length
+    clients = settings.federation.clients
+    drifts = parse_drifts(settings.data.drift, clients)
+    new = drift_specs(settings.data.domains, drifts)
     text = build_federated_text(
         make_corpus(settings, console),
         tokenizer,
-        num_clients=settings.federation.clients,
+        num_clients=clients,
         split=settings.data.split,
         alpha=settings.data.alpha,
         min_train_tokens=length,
         heldout_window=length,
+        drifts=drifts,
+        coming=make_corpus(settings, console, domains=new).domains if new else {},
         seed=settings.seed,
     )
     pieces = [stream for client in text.clients for stream in client.heldout.values()]
@@ -125,6 +138,9 @@ def traced_sequences(text: FederatedText, settings: Settings) -> dict[str, Tenso
 def say_text(text: FederatedText, console: Console) -> None:
     for client in text.clients:
         console.print(f"  {client.description}, {len(client.train):,} train tokens")
+        for round, later in client.later.items():
+            names = ", ".join(later.heldout)
+            console.print(f"    from round {round} on: {names}", style="dim")
     console.print(
         "  heterogeneity of the split (mean Jensen-Shannon distance of the clients, "
         f"0 alike .. 1 disjoint): domains {text.index.category_heterogeneity:.2f}, "

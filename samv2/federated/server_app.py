@@ -144,13 +144,15 @@ def federate(
 
         def on_round(current: ServerState, report: RoundReport) -> None:
             row = metrics_row(report)
-            write_merge(run.root, report.merge)
+            write_merge(run.root, report.merge, report.changes)
             append_pack_sizes(run.root, report.merge, manifest)
             append_usage(run.root, report.merge)
             if settings.federation.keep_frames:
                 keep_frames(run.root, report.merge)
             metrics.write(row)
             checkpoint(current)
+            if report.changes and current.siblings is not None:
+                write_json(run.siblings, {"clients": current.siblings.members})
             table.add(row)
 
         strategy = SamStrategy(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from samv2.common.settings import Settings
 from samv2.experts.graph import Edit, ExpertGraph, apply_edits
+from samv2.federated.drift import SiblingMemory
 from samv2.federated.graph_edits import EdgeMemory, decide_edits
 from samv2.federated.siblings import share_update, used_siblings
 from samv2.federated.usage import EdgeCounts, summed
@@ -35,6 +36,8 @@ class ServerState:
     memory: EdgeMemory
     last_edits: tuple[Edit, ...] = ()
     """The batch that led to ``graph.version``."""
+    siblings: SiblingMemory | None = None
+    """Where drift is watched."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,20 +50,21 @@ def unpack_counts(frame: bytes) -> Tensor:
 
 
 def fit_siblings(
-    counts: Mapping[int, Tensor], siblings: int
+    counts: Mapping[int, Tensor], siblings: int, *, reserve: int = 0
 ) -> tuple[Tensor, dict[int, int]]:
     """A gate for the clients' text.
 
     Args:
         counts: {client: (BUCKETS,) counts}, at least one.
         siblings: G.
+        reserve: siblings that are held back for text that comes later.
 
     Returns:
         The gate's block, and {client: sibling}.
     """
     clients = sorted(counts)
     stacked_CN = torch.stack([counts[client] for client in clients])
-    gate, members = fit_sibling_gate(stacked_CN, siblings)
+    gate, members = fit_sibling_gate(stacked_CN, siblings, reserve=reserve)
     return gate, dict(zip(clients, members))
 
 
@@ -99,9 +100,7 @@ def share_update(
     """
     if share == 0:
         return dict(update)
-    rows = sizes[
-        experts + 1
-    ]  # a block of sibling 1 is rows alone, others start with them
+    rows = sizes[experts + 1]  # of sibling 1, whose blocks are rows alone
     shared = dict(update)
     for expert in range(experts):
         ids = {sibling: sibling * experts + expert + (sibling > 0) for sibling in used}

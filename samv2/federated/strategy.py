@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from flwr.app import (
@@ -26,12 +27,22 @@ from torch import Tensor
 
 from samv2.common.errors import FederationError, FrameError
 from samv2.common.settings import Settings
+from samv2.data.drift import parse_drifts
 from samv2.data.sources import parse_domain
 from samv2.federated.client_round import (
     GraphMessage,
     RoundRequest,
     edits_to_json,
     pack_graph,
+)
+from samv2.federated.drift import (
+    SiblingChange,
+    apply_changes,
+    begin,
+    describe,
+    observe,
+    respond,
+    retire,
 )
 from samv2.federated.grid import (
     counts_from_record,
@@ -67,6 +78,10 @@ class RoundReport:
     merge: MergeReport
     scores: dict[str, Score]
     """Held-out score by domain, summed over clients; empty where none was asked for."""
+    changes: tuple[SiblingChange, ...] = ()
+    """What was done about clients whose text has changed."""
+    drift_bytes: dict[int, int] = field(default_factory=dict)
+    """Bytes of token counts that clients sent for it."""
     bytes_down: int
     """Payload bytes sent to one client for training, the largest of the round."""
     bytes_down_all: int
@@ -137,6 +152,9 @@ class SamStrategy(Strategy):
         self._current = _Round()
         self._merge: MergeReport | None = None
         self._scores: dict[str, Score] = {}
+        self._losses: dict[int, float] = {}
+        self._changes: tuple[SiblingChange, ...] = ()
+        self._drift_bytes: dict[int, int] = {}
         self.siblings: dict[int, int] = {}
         """{client: the sibling that its text is for}, where this start fitted the gate."""
         self.count_frames: dict[int, bytes] = {}
@@ -193,6 +211,7 @@ class SamStrategy(Strategy):
         scores: dict[str, Score] = {}
         if is_scored(self.settings, current):
             scores = self._evaluate(grid, current, timeout)
+            self.watch_drift(grid)
         if self._on_round is not None and self._merge is not None:
             seconds = {
                 "train": trained - begin,
@@ -202,6 +221,8 @@ class SamStrategy(Strategy):
             report = RoundReport(
                 merge=self._merge,
                 scores=scores,
+                changes=self._changes,
+                drift_bytes=self._drift_bytes,
                 bytes_down=self._current.bytes_down,
                 bytes_down_all=self._current.bytes_down_all,
                 seconds=seconds,
@@ -216,20 +237,20 @@ class SamStrategy(Strategy):
         """Wait for the run's clients, see :func:`enrol_clients`."""
         self._clients = enrol_clients(grid, self.settings.federation.clients)
 
-    def fit_siblings(self, grid: Grid) -> None:
-        """Ask how often tokens occur in the clients' text, and fit the siblings' gate.
-
-        Raises:
-            FederationError: not one client has sent counts that can be used.
-        """
+    def _ask_counts(
+        self, grid: Grid, clients: Container[int], round: int
+    ) -> tuple[dict[int, Tensor], dict[int, bytes]]:
+        """How often tokens occur in clients' text in a round, and the frames of that."""
         messages = [
-            message_to(grid, node, counts_request(), MessageType.QUERY, "siblings")
-            for node in self._clients
+            message_to(grid, node, counts_request(round), MessageType.QUERY, "siblings")
+            for node, client in self._clients.items()
+            if client in clients
         ]
+        frames: dict[int, bytes] = {}
         counts: dict[int, Tensor] = {}
         for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
             client = self._clients.get(reply.metadata.src_node_id)
-            if client is None or client in counts:
+            if client not in clients or client in counts:
                 continue
             try:
                 frame = counts_from_record(reply.content if reply.has_content() else {})
@@ -237,17 +258,61 @@ class SamStrategy(Strategy):
             except FrameError as error:
                 log.warning("client %d: token counts refused: %s", client, error)
                 continue
-            self.count_frames[client] = frame
-            self.gate_bytes[client] = len(frame)
+            frames[client] = frame
+        return counts, frames
+
+    def fit_siblings(self, grid: Grid) -> None:
+        """Fit the siblings' gate to how often tokens occur in the clients' text.
+
+        Raises:
+            FederationError: not one client has sent counts that can be used.
+        """
+        clients = set(self._clients.values())
+        counts, self.count_frames = self._ask_counts(grid, clients, 1)
+        self.gate_bytes = {c: len(frame) for c, frame in self.count_frames.items()}
         if not counts:
             raise FederationError(
                 "no client has sent token counts, which tell the siblings' kinds of text "
                 "apart; mend the clients, or set adapter.siblings to 1"
             )
         siblings = self.settings.adapter.siblings
-        gate, self.siblings = fit_siblings(counts, siblings)
+        drift = self.settings.drift
+        reserve = drift.reserve if drift.detect else 0
+        gate, self.siblings = fit_siblings(counts, siblings, reserve=reserve)
         blocks = self.state.blocks | {max(self.manifest.ids): gate}
-        self.state = replace(self.state, blocks=blocks)
+        memory = begin(counts, self.siblings) if drift.detect else None
+        self.state = replace(self.state, blocks=blocks, siblings=memory)
+
+    def watch_drift(self, grid: Grid) -> None:
+        """After an evaluation: see whose text has changed, and find it a sibling."""
+        memory, drift = self.state.siblings, self.settings.drift
+        self._changes, self._drift_bytes = (), {}
+        if memory is None:
+            return
+        memory, alarmed = observe(memory, self._losses, drift)
+        memory, retired = retire(memory, drift)
+        changes: tuple[SiblingChange, ...] = ()
+        if alarmed:
+            counts, frames = self._ask_counts(grid, alarmed, self.state.round + 1)
+            self._drift_bytes = {c: len(frame) for c, frame in frames.items()}
+            memory, changes = respond(
+                memory,
+                counts,
+                drift,
+                siblings=self.settings.adapter.siblings,
+                round=self.state.round,
+            )
+        self._changes = retired + changes
+        for change in self._changes:
+            log.info("round %d: %s", self.state.round, describe(change))
+        blocks = apply_changes(
+            self.state.blocks,
+            memory,
+            self._changes,
+            siblings=self.settings.adapter.siblings,
+            experts=self.state.graph.order_LE.numel(),
+        )
+        self.state = replace(self.state, blocks=blocks, siblings=memory)
 
     def _lacks_gate(self) -> bool:
         """Whether there are siblings, and nobody has said yet what each is for."""
@@ -347,12 +412,14 @@ class SamStrategy(Strategy):
                 )
         federation = self.settings.federation
         length = self.settings.train.sequence_length
-        self._scores = sum_scores(
-            answered,
-            nodes=set(self._clients),
-            domains={parse_domain(spec)[0] for spec in self.settings.data.domains},
-            most_tokens=federation.eval_windows * (length - 1),
-        )
+        believed: dict[str, Any] = {
+            "nodes": set(self._clients),
+            "domains": domain_names(self.settings),
+            "most_tokens": federation.eval_windows * (length - 1),
+        }
+        self._scores = sum_scores(answered, **believed)
+        scored = scores_by_node(answered, **believed)
+        self._losses = {self._clients[n]: mean_loss(own) for n, own in scored.items()}
         return MetricRecord(
             {name: score.perplexity for name, score in self._scores.items()}
         )
@@ -535,6 +602,13 @@ def request_bytes(request: RoundRequest) -> int:
     )
 
 
+def domain_names(settings: Settings) -> set[str]:
+    """Names of all domains that clients hold at some time."""
+    drifts = parse_drifts(settings.data.drift, settings.federation.clients)
+    at_first = {parse_domain(spec)[0] for spec in settings.data.domains}
+    return at_first | {drift.name for drift in drifts}
+
+
 def sum_scores(
     replies: Iterable[Message],
     *,
@@ -543,6 +617,27 @@ def sum_scores(
     most_tokens: int,
 ) -> dict[str, Score]:
     """Scores by domain, summed in node order so that the bits repeat.
+
+    Arguments as of :func:`scores_by_node`.
+    """
+    scored = scores_by_node(
+        replies, nodes=nodes, domains=domains, most_tokens=most_tokens
+    )
+    scores: dict[str, Score] = {}
+    for _, own in sorted(scored.items()):
+        for domain, found in own.items():
+            scores[domain] = scores.get(domain, Score(nll=0.0, tokens=0)) + found
+    return dict(sorted(scores.items()))
+
+
+def scores_by_node(
+    replies: Iterable[Message],
+    *,
+    nodes: Container[int],
+    domains: Container[str],
+    most_tokens: int,
+) -> dict[int, dict[str, Score]]:
+    """What each node has scored, by domain; what cannot be believed is left out.
 
     Args:
         replies: untrusted answers to an evaluation.
@@ -555,9 +650,10 @@ def sum_scores(
         node = message.metadata.src_node_id
         if message.has_content() and node in nodes:
             first.setdefault(node, message)
-    scores: dict[str, Score] = {}
-    for _, message in sorted(first.items()):
+    scored: dict[int, dict[str, Score]] = {}
+    for node, message in sorted(first.items()):
         metrics = message.content.get("metrics") or {}
+        own = scored.setdefault(node, {})
         for key in sorted(metrics):
             prefix, _, domain = key.partition(".")
             nll, tokens = metrics[key], metrics.get(f"tokens.{domain}")
@@ -566,9 +662,14 @@ def sum_scores(
                 and domain in domains
                 and _plausible(nll, tokens, most_tokens)
             ):
-                found = Score(nll=float(nll), tokens=tokens)
-                scores[domain] = scores.get(domain, Score(nll=0.0, tokens=0)) + found
-    return dict(sorted(scores.items()))
+                own[domain] = Score(nll=float(nll), tokens=tokens)
+    return scored
+
+
+def mean_loss(scores: Mapping[str, Score]) -> float:
+    """Nats a token over all domains; 0 where nothing was scored."""
+    total = sum(scores.values(), start=Score(nll=0.0, tokens=0))
+    return total.nll / max(total.tokens, 1)
 
 
 def _plausible(nll: object, tokens: object, most_tokens: int) -> bool:

@@ -13,6 +13,7 @@ from samv2.common.telemetry import read_metrics
 from samv2.experts.sibling_gate import BUCKETS, count_tokens
 from samv2.federated.client_round import learning_rate
 from samv2.federated.grid import (
+    asked_round,
     counts_from_record,
     counts_request,
     counts_to_record,
@@ -81,8 +82,9 @@ def test_a_damaged_or_missing_frame_is_refused() -> None:
 
 
 def test_counts_travel_as_records() -> None:
-    assert wants_counts(counts_request())
-    assert not wants_counts(type(counts_request())())
+    assert wants_counts(counts_request(4)) and asked_round(counts_request(4)) == 4
+    nothing = type(counts_request(1))()
+    assert not wants_counts(nothing) and asked_round(nothing) == 1
     record = {"counts": counts_to_record(b"frame")}
     assert counts_from_record(record) == b"frame"
 
@@ -190,10 +192,10 @@ def test_resuming_ends_in_the_same_bits(
 
     original = server_app.write_merge
 
-    def stop(root: Path, report: object) -> None:
+    def stop(root: Path, report: object, changes: object) -> None:
         if report.round == 2:
             raise Stop
-        original(root, report)
+        original(root, report, changes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_app, "write_merge", stop)

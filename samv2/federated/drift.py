@@ -1,0 +1,335 @@
+"""Text that changes during a run: notice it, reuse a sibling for it, or make a new one.
+
+Two tests, as in ShiftEx (arXiv 2506.18789). *Page-Hinkley* (Page 1954; Gama et al. 2014,
+"A survey on concept drift adaptation", 3.3) watches every client's held-out loss, which
+it reports anyway. Where it alarms, the client is asked for the token counts of its text
+now, and the Jensen-Shannon distance to what they were decides whether it is the text
+that changed: the mean embedding of the two texts, with a token's one-hot vector as its
+embedding. A loss that rose for another reason changes nothing.
+
+Changed text is first compared with every kind that a sibling serves: one that is near
+enough is *reused*. Otherwise a sibling that was held back is *spawned*: it shares the
+base blocks as all siblings do, copies the adapter rows of the sibling whose text is
+nearest, and the gate learns its kind of text; so the model's output on the new text
+starts as its parent's. A spawned sibling that no client needs for ``patience`` rounds is
+*retired*, and can be spawned again.
+
+Everything here is a pure function of what the server knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from samv2.common.settings import DriftSettings
+from samv2.experts.sibling_gate import gate_for_kinds
+
+ChangeKind = Literal["spawn", "reuse", "none", "retire"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWatch:
+    """Page-Hinkley's sums over one client's losses."""
+
+    count: int = 0
+    mean: float = 0.0
+    """Of all losses so far, nats."""
+    rise: float = 0.0
+    """Sum of what losses were above the mean, less the tolerance."""
+    lowest: float = 0.0
+    """The least that ``rise`` was."""
+
+    def after(self, loss: float, tolerance: float) -> LossWatch:
+        """The sums with one more loss."""
+        count = self.count + 1
+        mean = self.mean + (loss - self.mean) / count
+        rise = self.rise + loss - mean - tolerance
+        return LossWatch(
+            count=count, mean=mean, rise=rise, lowest=min(self.lowest, rise)
+        )
+
+    @property
+    def statistic(self) -> float:
+        """What is compared with the threshold, nats."""
+        return self.rise - self.lowest
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiblingMemory:
+    """What the server remembers of siblings and of their clients' text."""
+
+    counts: dict[int, Tensor] = field(default_factory=dict)
+    """{client: (N,) float32 token counts, as last told}."""
+    kinds: dict[int, Tensor] = field(default_factory=dict)
+    """{sibling: (N,) float32 shares of tokens in the text it serves}; the used ones."""
+    members: dict[int, int] = field(default_factory=dict)
+    """{client: sibling}."""
+    spawned: dict[int, int] = field(default_factory=dict)
+    """{sibling: round after which it was made}, of those that were not there at first."""
+    idle: dict[int, int] = field(default_factory=dict)
+    """{spawned sibling: rounds in a row in which no client needed it}."""
+    watches: dict[int, LossWatch] = field(default_factory=dict)
+    """By client."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiblingChange:
+    """What was done about changed text; part of ``merge_round{N}.json``."""
+
+    kind: ChangeKind
+    """``none``: the text changed, but no sibling is near and none can be made."""
+    sibling: int
+    """The one that serves the clients from now on, or was given up."""
+    parent: int | None
+    """Whose rows a spawned one starts with."""
+    clients: tuple[int, ...]
+    reason: str
+    """With the figures that decided, for a person."""
+
+
+def begin(counts: Mapping[int, Tensor], members: Mapping[int, int]) -> SiblingMemory:
+    """The memory when the gate has just been fitted.
+
+    Args:
+        counts: {client: (N,) token counts}.
+        members: {client: sibling}, as the fit found them.
+    """
+    kinds = {
+        sibling: torch.stack(
+            [_share(counts[c]) for c, own in sorted(members.items()) if own == sibling]
+        ).mean(dim=0)
+        for sibling in sorted(set(members.values()))
+    }
+    return SiblingMemory(counts=dict(counts), kinds=kinds, members=dict(members))
+
+
+def observe(
+    memory: SiblingMemory, losses: Mapping[int, float], settings: DriftSettings
+) -> tuple[SiblingMemory, tuple[int, ...]]:
+    """Take note of the clients' held-out losses after a round.
+
+    Args:
+        memory: before.
+        losses: {client: mean held-out loss, nats} of those that were scored.
+        settings: tolerance and threshold.
+
+    Returns:
+        The memory after, and the clients whose loss rose too much, rising.
+    """
+    watches = dict(memory.watches)
+    for client, loss in losses.items():
+        watch = watches.get(client, LossWatch())
+        watches[client] = watch.after(loss, settings.tolerance)
+    alarmed = [c for c in losses if watches[c].statistic > settings.threshold]
+    return replace(memory, watches=watches), tuple(sorted(alarmed))
+
+
+def respond(
+    memory: SiblingMemory,
+    counts: Mapping[int, Tensor],
+    settings: DriftSettings,
+    *,
+    siblings: int,
+    round: int,
+) -> tuple[SiblingMemory, tuple[SiblingChange, ...]]:
+    """Decide about the clients that alarmed and have told their text.
+
+    Args:
+        memory: before.
+        counts: {client: (N,) token counts of its text now}.
+        settings: distance, and whether siblings may be spawned.
+        siblings: G, with those held back.
+        round: rounds completed.
+
+    Returns:
+        The memory after, and what is to be done; at most one spawn. A client that has to
+        wait for the next round's spawn is alarmed again then.
+    """
+    changed: dict[int, str] = {}
+    watches, known = dict(memory.watches), dict(memory.counts)
+    for client, now_N in sorted(counts.items()):
+        before_N = known.get(client)
+        moved = 1.0 if before_N is None else distance(before_N, now_N)
+        if moved <= settings.distance:
+            watches[client] = LossWatch()
+            continue
+        changed[client] = (
+            f"client {client}: loss {watches[client].statistic:.2f} nats above its mean, "
+            f"text {moved:.2f} from before"
+            if client in watches
+            else f"client {client}: text {moved:.2f} from before"
+        )
+    members, changes = dict(memory.members), []
+    lost: list[int] = []
+    for client in changed:
+        near, apart = nearest_kind(memory, counts[client])
+        if apart > settings.distance:
+            lost.append(client)
+            continue
+        members[client] = near
+        reason = f"{changed[client]}, {apart:.2f} from sibling {near}'s"
+        changes.append(_change("reuse", near, None, [client], reason))
+    memory = replace(memory, members=members)
+    free = [item for item in range(siblings) if item not in memory.kinds]
+    waiting: list[int] = []
+    if lost and settings.spawn and free:
+        first = counts[lost[0]]
+        group = [c for c in lost if distance(first, counts[c]) <= settings.distance]
+        waiting = [c for c in lost if c not in group]
+        why = "; ".join(changed[client] for client in group)
+        memory, change = _spawn(memory, free[0], group, counts, round, why)
+        changes.append(change)
+    else:
+        limit = "spawning is off" if not settings.spawn else "no sibling is left"
+        for client in lost:
+            near, apart = nearest_kind(memory, counts[client])
+            memory = replace(memory, members=memory.members | {client: near})
+            reason = (
+                f"{changed[client]}, {apart:.2f} from the nearest sibling's; {limit}"
+            )
+            changes.append(_change("none", near, None, [client], reason))
+    for client in changed:
+        if client not in waiting:
+            known[client] = counts[client]
+            watches[client] = LossWatch()
+    return replace(memory, counts=known, watches=watches), tuple(changes)
+
+
+def retire(
+    memory: SiblingMemory, settings: DriftSettings
+) -> tuple[SiblingMemory, tuple[SiblingChange, ...]]:
+    """Count the rounds in which spawned siblings had no client; give up idle ones."""
+    needed = set(memory.members.values())
+    idle = {
+        sibling: 0 if sibling in needed else memory.idle.get(sibling, 0) + 1
+        for sibling in memory.spawned
+    }
+    gone = [sibling for sibling, rounds in idle.items() if rounds >= settings.patience]
+    changes = tuple(
+        _change("retire", item, None, [], f"no client for {idle[item]} rounds")
+        for item in gone
+    )
+    kept = replace(
+        memory,
+        kinds={key: value for key, value in memory.kinds.items() if key not in gone},
+        spawned={
+            key: value for key, value in memory.spawned.items() if key not in gone
+        },
+        idle={key: value for key, value in idle.items() if key not in gone},
+    )
+    return kept, changes
+
+
+def apply_changes(
+    blocks: Mapping[int, Tensor],
+    memory: SiblingMemory,
+    changes: tuple[SiblingChange, ...],
+    *,
+    siblings: int,
+    experts: int,
+) -> dict[int, Tensor]:
+    """The server's blocks after changes; the layout is :mod:`samv2.models.adapters`'.
+
+    Args:
+        blocks: {id: flat float32}, differences from the bootstrapped model.
+        memory: after the changes.
+        changes: what was decided.
+        siblings: G.
+        experts: L E.
+
+    Returns:
+        New blocks: a spawned sibling's are its parent's rows, a retired one's zero, and
+        the gate knows the kinds that are there now.
+    """
+    after = dict(blocks)
+    for change in changes:
+        if change.kind not in ("spawn", "retire"):
+            continue
+        for expert in range(experts):
+            own = block_of(change.sibling, expert, experts)
+            rows = len(after[own])
+            if change.parent is None:
+                after[own] = torch.zeros(rows)
+            else:
+                parent = after[block_of(change.parent, expert, experts)]
+                after[own] = parent[:rows].clone()
+    if any(change.kind in ("spawn", "retire") for change in changes):
+        after[max(after)] = gate_for_kinds(memory.kinds, siblings)
+    return after
+
+
+def describe(change: SiblingChange) -> str:
+    """A change for a person, in one line."""
+    whom = (
+        f" for clients {', '.join(map(str, change.clients))}" if change.clients else ""
+    )
+    what = {
+        "spawn": f"sibling {change.sibling} spawned from {change.parent}{whom}",
+        "reuse": f"sibling {change.sibling} reused{whom}",
+        "none": f"sibling {change.sibling} stays the nearest{whom}",
+        "retire": f"sibling {change.sibling} retired",
+    }[change.kind]
+    return f"{what}: {change.reason}"
+
+
+def block_of(sibling: int, expert: int, experts: int) -> int:
+    """The id of the block with a sibling's rows of an expert (counted over layers)."""
+    return sibling * experts + expert + (sibling > 0)
+
+
+def distance(first_N: Tensor, second_N: Tensor) -> float:
+    """Jensen-Shannon distance of two texts' token counts: 0 alike .. 1 disjoint."""
+    p, q = _share(first_N), _share(second_N)
+    middle = (p + q) / 2
+    nats = (torch.special.xlogy(p, p / middle.clamp(min=1e-30))).sum()
+    nats += (torch.special.xlogy(q, q / middle.clamp(min=1e-30))).sum()
+    return float((nats / 2 / torch.tensor(2.0).log()).clamp(0, 1).sqrt())
+
+
+def nearest_kind(memory: SiblingMemory, counts_N: Tensor) -> tuple[int, float]:
+    """The used sibling whose text is nearest, and how far it is; ties: the lower."""
+    far = {key: distance(counts_N, kind_N) for key, kind_N in memory.kinds.items()}
+    near = min(far, key=lambda key: (far[key], key))
+    return near, far[near]
+
+
+def _spawn(
+    memory: SiblingMemory,
+    sibling: int,
+    clients: list[int],
+    counts: Mapping[int, Tensor],
+    round: int,
+    why: str,
+) -> tuple[SiblingMemory, SiblingChange]:
+    kind_N = torch.stack([_share(counts[client]) for client in clients]).mean(dim=0)
+    parent, apart = nearest_kind(memory, kind_N)
+    made = replace(
+        memory,
+        kinds=memory.kinds | {sibling: kind_N},
+        members=memory.members | dict.fromkeys(clients, sibling),
+        spawned=memory.spawned | {sibling: round},
+        idle=memory.idle | {sibling: 0},
+    )
+    reason = f"{why}, {apart:.2f} from the nearest sibling's ({parent})"
+    return made, _change("spawn", sibling, parent, clients, reason)
+
+
+def _change(
+    kind: ChangeKind,
+    sibling: int,
+    parent: int | None,
+    clients: list[int],
+    reason: str,
+) -> SiblingChange:
+    return SiblingChange(
+        kind=kind, sibling=sibling, parent=parent, clients=tuple(clients), reason=reason
+    )
+
+
+def _share(counts_N: Tensor) -> Tensor:
+    return counts_N.float() / counts_N.sum()
