@@ -121,7 +121,7 @@ class DataSettings:
     calibration_bytes: int = 65_536
     """Calibration text per domain, bytes of UTF-8."""
     drift: tuple[str, ...] = ()
-    """Changes of clients' text, ``ROUND:CLIENT-CLIENT=DOMAIN``, e.g. ``6:0-1=chat``."""
+    """Changes of clients' text, ``ROUND:CLIENTS=DOMAIN``, e.g. ``6:0-1+4=chat``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,9 +277,9 @@ class DriftSettings:
     """Whether a change that no sibling serves gets a new one (reuse goes first)."""
     reserve: int = 1
     """Siblings held back at the start for kinds of text that come later."""
-    threshold: float = 0.5
+    threshold: float = 0.25
     """Page-Hinkley: rise of a client's loss over its mean, summed, in nats."""
-    tolerance: float = 0.05
+    tolerance: float = 0.02
     """Page-Hinkley: rise a round that is not counted, in nats."""
     distance: float = 0.45
     """Jensen-Shannon distance of a client's text from what it was that counts."""

@@ -1,8 +1,8 @@
 """A schedule of change: which clients' text becomes another domain's, and when.
 
 An entry is ``ROUND:CLIENTS=DOMAIN``: from that round on the clients hold text of the
-domain and no other. Clients are a number or a span (``0-3``), the domain a built-in one
-or ``NAME=PATH``; it may be one that other clients hold from the start, whose text the
+domain and no other. Clients are numbers and spans (``0``, ``0-3``, ``0+4-6``), the domain
+a built-in one or ``NAME=PATH``; it may be one that other clients hold from the start, whose text the
 drifted ones then hold as well.
 """
 
@@ -22,7 +22,8 @@ from samv2.data.shard_types import ClientShard, LaterText
 from samv2.data.sources import parse_domain
 from samv2.data.tokens import tokenize_documents
 
-_ENTRY = re.compile(r"(\d+):(\d+)(?:-(\d+))?=(.+)", re.DOTALL)
+_ENTRY = re.compile(r"(\d+):([\d+-]+)=(.+)", re.DOTALL)
+_SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,19 +146,22 @@ def _cut(stream: Tensor, parts: int, window: int) -> tuple[Tensor, ...]:
 
 def _parse(entry: str) -> Drift:
     match = _ENTRY.fullmatch(entry.strip())
-    if match is None:
+    spans = [_SPAN.fullmatch(part) for part in match[2].split("+")] if match else []
+    if match is None or None in spans:
         raise DataError(
             f"data.drift holds {entry!r}; write ROUND:CLIENTS=DOMAIN, e.g. 6:0=chat or "
-            "6:0-3=chat"
+            "6:0-3+5=chat"
         )
-    round, first = int(match[1]), int(match[2])
-    last = int(match[3]) if match[3] else first
-    if round < 2 or last < first:
-        raise DataError(
-            f"data.drift holds {entry!r}; text can change from round 2 on, and a span of "
-            "clients must rise"
-        )
-    parse_domain(match[4])
+    clients: set[int] = set()
+    for span in spans:
+        first, last = int(span[1]), int(span[2] or span[1])
+        clients |= set(range(first, last + 1))
+        if int(match[1]) < 2 or last < first:
+            raise DataError(
+                f"data.drift holds {entry!r}; text can change from round 2 on, and a span "
+                "of clients must rise"
+            )
+    parse_domain(match[3])
     return Drift(
-        round=round, clients=tuple(range(first, last + 1)), domain=match[4].strip()
+        round=int(match[1]), clients=tuple(sorted(clients)), domain=match[3].strip()
     )

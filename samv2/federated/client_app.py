@@ -19,9 +19,12 @@ from samv2.federated.client_round import (
     ClientRuntime,
     evaluate_round,
     load_runtime,
+    tell_counts,
+    text_moved,
     train_round,
 )
 from samv2.federated.grid import (
+    MOVED,
     asked_round,
     counts_to_record,
     reply_to_record,
@@ -29,7 +32,6 @@ from samv2.federated.grid import (
     wants_counts,
 )
 from samv2.federated.run_folder import RunFolder, run_model
-from samv2.federated.siblings import pack_counts
 from samv2.models.save import WEIGHTS
 
 
@@ -63,13 +65,15 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
     @app.query()
     def query(message: Message, context: Context) -> Message:
         client = client_index(context)
-        round = asked_round(message.content)
-        shard = load_client(where(context).shards, client).at(round)
+        place = where(context)
+        shard = load_client(place.shards, client)
         metrics = MetricRecord({"client": client, "train-tokens": len(shard.train)})
         facts = ConfigRecord({"domains": ",".join(shard.heldout)})
         content = RecordDict({"metrics": metrics, "facts": facts})
         if wants_counts(message.content):
-            content["counts"] = counts_to_record(pack_counts(shard.train))
+            round = asked_round(message.content)
+            frame = tell_counts(place.shards, place.states, client, round)
+            content["counts"] = counts_to_record(frame)
         return Message(content, reply_to=message)
 
     @app.train()
@@ -80,11 +84,14 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        request = request_from_record(message.content)
-        scores = evaluate_round(
-            runtime_at(where(context)), client_index(context), request
-        )
+        request, client = request_from_record(message.content), client_index(context)
+        runtime = runtime_at(where(context))
+        scores = evaluate_round(runtime, client, request)
         metrics = MetricRecord()
+        if runtime.settings.drift.detect:
+            moved = text_moved(runtime, client, request.round)
+            if moved is not None:
+                metrics[MOVED] = moved
         for domain, score in scores.items():
             metrics[f"nll.{domain}"] = score.nll
             metrics[f"tokens.{domain}"] = score.tokens

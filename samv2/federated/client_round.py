@@ -24,11 +24,15 @@ from samv2.common.settings import Settings
 from samv2.data.shards import ClientShard, load_client
 from samv2.data.tokens import windows
 from samv2.experts.graph import Edit, ExpertGraph, apply_edits
+from samv2.experts.sibling_gate import count_tokens
 from samv2.federated.client_state import (
     ClientState,
     load_client_state,
+    load_counts,
     save_client_state,
+    save_counts,
 )
+from samv2.federated.drift import distance
 from samv2.federated.heldout import heldout_windows, score_domains
 from samv2.federated.local_step import LocalResult, local_step
 from samv2.federated.siblings import pack_counts
@@ -143,7 +147,7 @@ def train_round(
         FederationError: training failed.
     """
     settings = runtime.settings
-    folder = _state_folder(runtime, client)
+    folder = state_folder(runtime.states, client)
     state = load_client_state(folder, before_round=request.round)
     graph = update_graph(state.graph, request.graph)
     received = _load_round(runtime, request, graph)
@@ -186,6 +190,26 @@ def evaluate_round(
         runtime.settings.federation.eval_windows,
     )
     return score_domains(runtime.model, held, batch_size=train.batch_size)
+
+
+def tell_counts(shards: Path, states: Path, client: int, round: int) -> bytes:
+    """The frame with the token counts of a client's text in a round; it is remembered."""
+    shard = load_client(shards, client).at(round)
+    save_counts(state_folder(states, client), count_tokens(shard.train))
+    return pack_counts(shard.train)
+
+
+def text_moved(runtime: ClientRuntime, client: int, round: int) -> float | None:
+    """How far a client's text in a round is from what the server was told of it.
+
+    Returns:
+        Jensen-Shannon distance of the token counts, 0..1; None where it was told none.
+    """
+    told_N = load_counts(state_folder(runtime.states, client))
+    if told_N is None:
+        return None
+    shard = load_client(runtime.shards, client).at(round)
+    return distance(told_N, count_tokens(shard.train))
 
 
 def update_graph(known: ExpertGraph | None, message: GraphMessage) -> ExpertGraph:
@@ -376,5 +400,6 @@ def _reply(
     )
 
 
-def _state_folder(runtime: ClientRuntime, client: int) -> Path:
-    return runtime.states / f"client_{client:04d}"
+def state_folder(states: Path, client: int) -> Path:
+    """Where a client keeps its state."""
+    return states / f"client_{client:04d}"

@@ -1,11 +1,12 @@
 """Text that changes during a run: notice it, reuse a sibling for it, or make a new one.
 
-Two tests, as in ShiftEx (arXiv 2506.18789). *Page-Hinkley* (Page 1954; Gama et al. 2014,
-"A survey on concept drift adaptation", 3.3) watches every client's held-out loss, which
-it reports anyway. Where it alarms, the client is asked for the token counts of its text
-now, and the Jensen-Shannon distance to what they were decides whether it is the text
-that changed: the mean embedding of the two texts, with a token's one-hot vector as its
-embedding. A loss that rose for another reason changes nothing.
+Two tests raise an alarm. *Page-Hinkley* (Page 1954; Gama et al. 2014, "A survey on
+concept drift adaptation", 3.3) watches every client's held-out loss, which it reports
+anyway; its mean fades, for a loss in training falls. And a client compares the *mean
+embedding* of its text with what it was, as ShiftEx does (arXiv 2506.18789), here with a
+token's one-hot vector as its embedding and the Jensen-Shannon distance; it reports that
+one number. An alarmed client is asked for the token counts of its text now, and the
+server measures the distance itself: a loss that rose for another reason changes nothing.
 
 Changed text is first compared with every kind that a sibling serves: one that is near
 enough is *reused*. Otherwise a sibling that was held back is *spawned*: it shares the
@@ -29,6 +30,8 @@ from torch import Tensor
 from samv2.common.settings import DriftSettings
 from samv2.experts.sibling_gate import gate_for_kinds
 
+MEMORY = 3
+"""Losses that the fading mean looks back on, about."""
 ChangeKind = Literal["spawn", "reuse", "none", "retire"]
 
 
@@ -38,7 +41,7 @@ class LossWatch:
 
     count: int = 0
     mean: float = 0.0
-    """Of all losses so far, nats."""
+    """Fading mean of the losses, nats: a new one weighs 1 / ``MEMORY`` at least."""
     rise: float = 0.0
     """Sum of what losses were above the mean, less the tolerance."""
     lowest: float = 0.0
@@ -47,7 +50,7 @@ class LossWatch:
     def after(self, loss: float, tolerance: float) -> LossWatch:
         """The sums with one more loss."""
         count = self.count + 1
-        mean = self.mean + (loss - self.mean) / count
+        mean = self.mean + (loss - self.mean) / min(count, MEMORY)
         rise = self.rise + loss - mean - tolerance
         return LossWatch(
             count=count, mean=mean, rise=rise, lowest=min(self.lowest, rise)
@@ -109,24 +112,29 @@ def begin(counts: Mapping[int, Tensor], members: Mapping[int, int]) -> SiblingMe
 
 
 def observe(
-    memory: SiblingMemory, losses: Mapping[int, float], settings: DriftSettings
+    memory: SiblingMemory,
+    losses: Mapping[int, float],
+    moved: Mapping[int, float],
+    settings: DriftSettings,
 ) -> tuple[SiblingMemory, tuple[int, ...]]:
-    """Take note of the clients' held-out losses after a round.
+    """Take note of what clients say of their text after a round.
 
     Args:
         memory: before.
         losses: {client: mean held-out loss, nats} of those that were scored.
-        settings: tolerance and threshold.
+        moved: {client: distance of its text from what it was} of those that said so.
+        settings: tolerance, threshold and distance.
 
     Returns:
-        The memory after, and the clients whose loss rose too much, rising.
+        The memory after, and the clients for whom a test alarmed, rising.
     """
     watches = dict(memory.watches)
     for client, loss in losses.items():
         watch = watches.get(client, LossWatch())
         watches[client] = watch.after(loss, settings.tolerance)
-    alarmed = [c for c in losses if watches[c].statistic > settings.threshold]
-    return replace(memory, watches=watches), tuple(sorted(alarmed))
+    rose = {c for c in losses if watches[c].statistic > settings.threshold}
+    turned = {c for c, far in moved.items() if far > settings.distance}
+    return replace(memory, watches=watches), tuple(sorted(rose | turned))
 
 
 def respond(

@@ -47,6 +47,8 @@ from samv2.federated.client_round import (
 
 FRAME_STYPE = "samv2.frame.v1"
 GRAPH_STYPE = "samv2.graph.v1"
+MOVED = "text-distance"
+"""Key under which a client says how far its text is from what it was."""
 RUN_ID = 1
 SERVER_NODE = 1
 FIRST_NODE = 100

@@ -45,6 +45,7 @@ from samv2.federated.drift import (
     retire,
 )
 from samv2.federated.grid import (
+    MOVED,
     counts_from_record,
     counts_request,
     message_to,
@@ -153,6 +154,7 @@ class SamStrategy(Strategy):
         self._merge: MergeReport | None = None
         self._scores: dict[str, Score] = {}
         self._losses: dict[int, float] = {}
+        self._moved: dict[int, float] = {}
         self._changes: tuple[SiblingChange, ...] = ()
         self._drift_bytes: dict[int, int] = {}
         self.siblings: dict[int, int] = {}
@@ -289,7 +291,7 @@ class SamStrategy(Strategy):
         self._changes, self._drift_bytes = (), {}
         if memory is None:
             return
-        memory, alarmed = observe(memory, self._losses, drift)
+        memory, alarmed = observe(memory, self._losses, self._moved, drift)
         memory, retired = retire(memory, drift)
         changes: tuple[SiblingChange, ...] = ()
         if alarmed:
@@ -420,6 +422,8 @@ class SamStrategy(Strategy):
         self._scores = sum_scores(answered, **believed)
         scored = scores_by_node(answered, **believed)
         self._losses = {self._clients[n]: mean_loss(own) for n, own in scored.items()}
+        moved = moved_by_node(answered, nodes=set(self._clients))
+        self._moved = {self._clients[n]: far for n, far in moved.items()}
         return MetricRecord(
             {name: score.perplexity for name, score in self._scores.items()}
         )
@@ -664,6 +668,20 @@ def scores_by_node(
             ):
                 own[domain] = Score(nll=float(nll), tokens=tokens)
     return scored
+
+
+def moved_by_node(
+    replies: Iterable[Message], *, nodes: Container[int]
+) -> dict[int, float]:
+    """How far nodes say their text is from what it was; nonsense is left out."""
+    moved: dict[int, float] = {}
+    for message in replies:
+        node = message.metadata.src_node_id
+        if message.has_content() and node in nodes and node not in moved:
+            far = (message.content.get("metrics") or {}).get(MOVED)
+            if type(far) is float and 0 <= far <= 1:
+                moved[node] = far
+    return moved
 
 
 def mean_loss(scores: Mapping[str, Score]) -> float:

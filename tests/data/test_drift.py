@@ -18,7 +18,7 @@ WINDOW = 64
 
 
 def test_a_schedule_is_read_in_order_of_rounds() -> None:
-    drifts = parse_drifts(["6:0-2=math", "3:1=own=/tmp/a=b"], 3)
+    drifts = parse_drifts(["6:2+0-1=math", "3:1=own=/tmp/a=b"], 3)
     assert drifts == (
         Drift(round=3, clients=(1,), domain="own=/tmp/a=b"),
         Drift(round=6, clients=(0, 1, 2), domain="math"),
@@ -32,6 +32,7 @@ def test_a_schedule_is_read_in_order_of_rounds() -> None:
     "entries, message",
     [
         (["6:0"], "holds '6:0'; write ROUND:CLIENTS=DOMAIN"),
+        (["6:0--2=math"], "write ROUND:CLIENTS=DOMAIN"),
         (["1:0=math"], "text can change from round 2 on"),
         (["4:2-1=math"], "a span of clients must rise"),
         (["4:3=math"], "names client 3, but there are 3; use 0 to 2"),

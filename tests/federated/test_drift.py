@@ -8,10 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from samv2.common.errors import CheckpointError
 from samv2.common.settings import DriftSettings
 from samv2.common.telemetry import read_metrics
+from samv2.data.shard_types import (
+    ClientShard,
+    FederatedIndex,
+    FederatedText,
+    LaterText,
+)
+from samv2.data.shards import save_federated_text
 from samv2.experts.sibling_gate import (
     BUCKETS,
     NEVER,
@@ -20,6 +30,8 @@ from samv2.experts.sibling_gate import (
 )
 from samv2.federated import server_app
 from samv2.federated.checkpoint import latest_checkpoint, load_checkpoint
+from samv2.federated.client_round import state_folder, tell_counts
+from samv2.federated.client_state import load_counts
 from samv2.federated.drift import (
     LossWatch,
     SiblingChange,
@@ -35,12 +47,13 @@ from samv2.federated.drift import (
     retire,
 )
 from samv2.federated.drift_state import from_parts, to_parts
+from samv2.federated.grid import MOVED, EmbeddedGrid
 from samv2.federated.run_folder import RunFolder
 from samv2.federated.run_logs import write_merge
 from samv2.federated.server_app import run_embedded
 from samv2.federated.server_merge import MergeReport
-from samv2.federated.siblings import used_siblings
-from samv2.federated.strategy import domain_names
+from samv2.federated.siblings import unpack_counts, used_siblings
+from samv2.federated.strategy import domain_names, moved_by_node
 from tests.federated.runs import (
     assert_same_bits,
     checkpoint_tensors,
@@ -79,8 +92,8 @@ def test_page_hinkley_alarms_at_a_rise_and_not_at_noise_or_a_fall() -> None:
     assert rounds <= 2
 
 
-def test_page_hinkley_is_the_textbooks() -> None:
-    losses, delta = [1.0, 2.0, 0.5, 3.0], 0.1
+def test_page_hinkley_is_the_textbooks_while_the_mean_does_not_fade() -> None:
+    losses, delta = [1.0, 2.0, 1.5], 0.1
     watch, sums = LossWatch(), [0.0]
     for count, loss in enumerate(losses, start=1):
         watch = watch.after(loss, delta)
@@ -88,12 +101,21 @@ def test_page_hinkley_is_the_textbooks() -> None:
     assert watch.statistic == pytest.approx(sums[-1] - min(sums))
 
 
+def test_the_mean_of_the_losses_fades() -> None:
+    watch = LossWatch()
+    for loss in [9.0] * 5 + [5.0] * 12:
+        watch = watch.after(loss, 0.0)
+    assert watch.mean == pytest.approx(5, abs=0.05)
+
+
 def test_every_client_is_watched_by_itself() -> None:
     memory = memory_of(1, 2)
-    memory, alarmed = observe(memory, {0: 3.0, 1: 3.0}, SETTINGS)
+    memory, alarmed = observe(memory, {0: 3.0, 1: 3.0}, {0: 0.3}, SETTINGS)
     assert alarmed == ()
-    memory, alarmed = observe(memory, {1: 5.0}, SETTINGS)
+    memory, alarmed = observe(memory, {1: 5.0}, {}, SETTINGS)
     assert alarmed == (1,)
+    _, alarmed = observe(memory, {}, {0: 0.9, 1: 0.1}, SETTINGS)
+    assert alarmed == (0,)
     assert memory.watches[0].count == 1 and memory.watches[1].count == 2
 
 
@@ -107,7 +129,7 @@ def test_the_distance_is_that_of_jensen_and_shannon() -> None:
 
 
 def test_a_loss_that_rose_over_the_same_text_changes_nothing() -> None:
-    memory, _ = observe(memory_of(1, 2), {0: 1.0}, SETTINGS)
+    memory, _ = observe(memory_of(1, 2), {0: 1.0}, {}, SETTINGS)
     after, changes = respond(memory, {0: text(1)}, SETTINGS, siblings=3, round=4)
     assert changes == () and after.members == memory.members
     assert after.watches[0] == LossWatch()
@@ -196,7 +218,7 @@ def test_a_gate_for_kinds_is_the_gate_that_was_fitted() -> None:
 
 
 def test_the_memory_survives_as_tensors_and_facts() -> None:
-    memory, _ = observe(memory_of(1, 2), {0: 3.123456789, 1: 2.0}, SETTINGS)
+    memory, _ = observe(memory_of(1, 2), {0: 3.123456789, 1: 2.0}, {}, SETTINGS)
     memory, _ = respond(memory, {0: text(5)}, SETTINGS, siblings=3, round=4)
     tensors, facts = to_parts(memory)
     back = from_parts(tensors, json.loads(json.dumps(facts)))
@@ -209,6 +231,63 @@ def test_the_memory_survives_as_tensors_and_facts() -> None:
     assert from_parts(*to_parts(SiblingMemory())) == SiblingMemory()
     with pytest.raises(ValueError, match="counts_CN has 2 rows for 3"):
         from_parts(tensors, facts | {"clients": [0, 1, 2]})
+
+
+def test_a_client_remembers_what_it_told(tmp_path: Path, drifting_shards: Path) -> None:
+    folder = state_folder(tmp_path, 0)
+    assert load_counts(folder) is None
+    told = unpack_counts(tell_counts(drifting_shards, tmp_path, 0, 1))
+    kept = load_counts(folder)
+    assert kept is not None and distance(kept, told) < 0.01
+    later = unpack_counts(tell_counts(drifting_shards, tmp_path, 0, 3))
+    assert distance(kept, later) > 0.9
+    (folder / "counts.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="damaged.*remove the file"):
+        load_counts(folder)
+
+
+def test_what_nodes_say_of_their_text_is_not_believed_blindly() -> None:
+    grid = EmbeddedGrid(ClientApp, [{}] * 10, {})
+
+    def message(node: int, value: float | None) -> Message:
+        metrics = MetricRecord({} if value is None else {MOVED: value})
+        request = grid.create_message(RecordDict(), "evaluate", 100 + node, "1")
+        return Message(RecordDict({"metrics": metrics}), reply_to=request)
+
+    nan = float("nan")
+    said = [(1, 0.5), (1, 0.9), (2, 7.0), (3, nan), (4, 1), (5, None), (9, 0.2)]
+    found = moved_by_node([message(*item) for item in said], nodes=set(range(101, 106)))
+    assert found == {101: 0.5}
+
+
+@pytest.fixture(scope="module")
+def drifting_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one client, whose text changes in round 3."""
+    later = LaterText(train=torch.arange(1000, 2000), heldout={})
+    shard = ClientShard(
+        index=0,
+        train=torch.arange(1000),
+        heldout={},
+        category_counts={},
+        description="",
+        tokenizer_fingerprint="",
+        later={3: later},
+    )
+    index = FederatedIndex(
+        domains=(),
+        split="domain",
+        seed=0,
+        category_counts=({},),
+        train_tokens=(1000,),
+        category_heterogeneity=0.0,
+        token_heterogeneity=0.0,
+        tokenizer_fingerprint="",
+        corpus_sha256={},
+    )
+    folder = tmp_path_factory.mktemp("shards")
+    text = FederatedText(clients=(shard,), calibration={}, index=index)
+    save_federated_text(text, folder)
+    return folder
 
 
 DRIFTING = (
