@@ -150,13 +150,14 @@ register() {
 
 supernode() {
   need_arguments 5 $#
-  local keys=$1 address=$3 node=$4 folder pid code began refused=0
+  local keys=$1 address=$3 node=$4 home folder pid code began refused=0
   need_file "$keys/ca.crt" "copy it from the machine where the certificates were made"
   need_private "$keys/node_$node"
   [ -d "$5/shards" ] || fail "$5 is no node's folder (no shards/); make it with: $0 nodes"
   folder=$(cd "$5" && pwd)
-  FLWR_HOME=$(folder_of "$2")
-  export FLWR_HOME
+  home=$(folder_of "$2")
+  # Started anew, so that `stop` finds this loop too: it reads first environments.
+  [ "${FLWR_HOME:-}" = "$home" ] || FLWR_HOME=$home exec "$0" supernode "$@"
   while true; do
     began=$SECONDS
     flower-supernode --root-certificates "$keys/ca.crt" --superlink "$address" \
@@ -191,7 +192,8 @@ print(json.loads(sys.argv[1]).get("run-id") or "")' "$answer") || fail "not subm
   echo "Flower run $id"
   while true; do
     flwr log "$id" --stream || true
-    if ! status=$(run_status --run-id "$id" 2>/dev/null); then
+    if ! status=$(timeout 120 bash -c '. "$0/scripts/flower_common.sh"; run_status "$@"' \
+      "$here" --run-id "$id" 2>/dev/null); then
       fail "the SuperLink at $3 does not answer; start it again and run this again: \
 the run goes on after its last finished round" 3
     fi
