@@ -56,7 +56,11 @@ from samv2.updates.packing import Manifest
 log = logging.getLogger(__name__)
 
 ENROL_SECONDS = 120.0
-"""Without a new node or answer, after which clients that are missing are given up."""
+"""Without a new node, after which clients that are missing are given up."""
+ANSWER_SECONDS = 600.0
+"""For an answer to a question; the first one waits until a client's process is up, and
+many start on few cores. A node that is gone does not take that long: its SuperLink says so.
+"""
 LONGEST_DETAIL = 2000
 """Characters of a client's error that are kept."""
 
@@ -235,7 +239,7 @@ class SamStrategy(Strategy):
             for node in self._clients
         ]
         counts: dict[int, Tensor] = {}
-        for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
+        for reply in grid.send_and_receive(messages, timeout=ANSWER_SECONDS):
             client = self._clients.get(reply.metadata.src_node_id)
             if client is None or client in counts:
                 continue
@@ -453,9 +457,10 @@ def is_scored(settings: Settings, round: int) -> bool:
 def enrol_clients(grid: Grid, wanted: int) -> dict[int, int]:
     """Wait for a run's clients and learn which node is which client.
 
-    The wait is as long as somebody new comes: what is missing is given up when
-    :data:`ENROL_SECONDS` pass in which no node connects and no client answers. A client
-    that is silent or fails is asked again as long as others answer.
+    The wait is as long as somebody new comes: clients that are missing are given up
+    when no other node connects for :data:`ENROL_SECONDS`, or when all were asked, for
+    :data:`ANSWER_SECONDS`, and no other client has answered. One that is silent or fails
+    is asked again as long as others answer.
 
     Returns:
         {node id: client}, by node.
@@ -533,7 +538,7 @@ def _ask_clients(
     ]
     found: list[tuple[int, int]] = []
     failures: list[str] = []
-    for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
+    for reply in grid.send_and_receive(messages, timeout=ANSWER_SECONDS):
         client = _client_of(reply)
         if client is None:
             failures.append(first_line(reply))

@@ -83,8 +83,8 @@ def test_a_run_outlives_a_node_and_its_superlink(
         output = here.call(*submit)
         assert "finished:completed" in output
         assert sorted(here.known_nodes().values()) == ["online", "online"]
-        assert "could not be activated" in here.log("node_1")
-        assert "Failed to initialize the connection" in here.log("node_2")
+        assert "node 1 ended" in here.log("node_1")
+        assert "Failed to activate SuperNode" in here.log("node_2")
     rows = read_metrics(logs)
     assert [row["round"] for row in rows] == list(range(1, ROUNDS + 1))
     assert [row["clients"] for row in rows] == [2] * ROUNDS
