@@ -39,6 +39,7 @@ FLWR_FILES = {
         "grid",
         "lora_strategy",
         "lora_app",
+        "simulation_workers",
     )
 }
 PACKAGES = [*sorted((ROOT / "samv2").rglob("*.py"))]

@@ -61,7 +61,7 @@ def save_federated_text(text: FederatedText, folder: Path) -> None:
             "description": client.description,
             "tokenizer_fingerprint": client.tokenizer_fingerprint,
         }
-        path = folder / _client_file(client.index)
+        path = folder / client_file(client.index)
         _write_tensors(path, {"train": client.train, **tensors}, facts)
     _write_tensors(folder / _CALIBRATION, text.calibration, {})
     _write_index(folder, text.index)
@@ -80,7 +80,7 @@ def load_client(
     Raises:
         DataError: no such client, a damaged file, tokens of another tokenizer.
     """
-    tensors, facts = _read_tensors(folder / _client_file(index))
+    tensors, facts = _read_tensors(folder / client_file(index))
     try:
         shard = ClientShard(
             index=int(facts["index"]),
@@ -97,7 +97,7 @@ def load_client(
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{folder / _client_file(index)} lacks {error}: it is not a client's file; "
+            f"{folder / client_file(index)} lacks {error}: it is not a client's file; "
             "build the federated text again."
         ) from error
     if tokenizer_fingerprint not in (None, shard.tokenizer_fingerprint):
@@ -168,7 +168,8 @@ def load_federated_text(folder: Path) -> FederatedText:
     )
 
 
-def _client_file(index: int) -> str:
+def client_file(index: int) -> str:
+    """The name of a client's file in a folder of shards."""
     return f"client_{index:05d}.safetensors"
 
 

@@ -38,6 +38,7 @@ from samv2.federated.prepare import Prepared, prepare
 from samv2.federated.privacy import noise_key
 from samv2.federated.round_table import RoundTable
 from samv2.federated.run_folder import RunFolder, open_run, run_model
+from samv2.federated.run_lock import sole_server
 from samv2.federated.run_logs import (
     append_pack_sizes,
     append_usage,
@@ -179,7 +180,8 @@ def federate(
 def make_server_app() -> ServerApp:
     """A Flower server app; settings and ``run-dir`` come with Flower's run config.
 
-    A run directory that holds an earlier start of the run is continued.
+    A run directory that holds an earlier start of the run is continued, by one server
+    at a time.
     """
     app = ServerApp()
 
@@ -187,11 +189,12 @@ def make_server_app() -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         settings, root = settings_from_run_config(context.run_config)
         console = Console(highlight=False, width=100)
-        resume = RunFolder(root=root).config.exists()
-        run = open_run(root, settings, resume=resume, overwrite=False)
-        prepared = prepare(run, settings, console)
-        table = RoundTable(console, settings.federation.rounds)
-        federate(run, settings, prepared, grid, table)
+        with sole_server(root):
+            resume = RunFolder(root=root).config.exists()
+            run = open_run(root, settings, resume=resume, overwrite=False)
+            prepared = prepare(run, settings, console)
+            table = RoundTable(console, settings.federation.rounds)
+            federate(run, settings, prepared, grid, table)
 
     return app
 

@@ -68,6 +68,11 @@ from samv2.updates.packing import Manifest
 log = logging.getLogger(__name__)
 
 ENROL_SECONDS = 120.0
+"""Without a new node, after which clients that are missing are given up."""
+ANSWER_SECONDS = 600.0
+"""For an answer to a question; the first one waits until a client's process is up, and
+many start on few cores. A node that is gone does not take that long: its SuperLink says so.
+"""
 LONGEST_DETAIL = 2000
 """Characters of a client's error that are kept."""
 
@@ -204,11 +209,13 @@ class SamStrategy(Strategy):
     def _one_round(self, grid: Grid, timeout: float) -> None:
         begin = time.perf_counter()
         current = self.state.round + 1
+        self._clients = renew_clients(grid, self._clients)
         replies = self._train(grid, current, timeout)
         trained = time.perf_counter()
         try:
             self.aggregate_train(current, replies)
         except TooFewReplies:
+            self._await_lost(grid)
             replies = self._train(grid, current, timeout)
             trained = time.perf_counter()
             self.aggregate_train(current, replies)
@@ -242,6 +249,11 @@ class SamStrategy(Strategy):
         """Wait for the run's clients, see :func:`enrol_clients`."""
         self._clients = enrol_clients(grid, self.settings.federation.clients)
 
+    def _await_lost(self, grid: Grid) -> None:
+        """Before a round is tried again: wait for clients whose nodes are gone."""
+        if set(self._clients) - set(grid.get_node_ids()):
+            self.enrol(grid)
+
     def _ask_counts(
         self, grid: Grid, clients: Container[int], round: int
     ) -> tuple[dict[int, Tensor], dict[int, bytes]]:
@@ -253,7 +265,7 @@ class SamStrategy(Strategy):
         ]
         frames: dict[int, bytes] = {}
         counts: dict[int, Tensor] = {}
-        for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
+        for reply in grid.send_and_receive(messages, timeout=ANSWER_SECONDS):
             client = self._clients.get(reply.metadata.src_node_id)
             if client not in clients or client in counts:
                 continue
@@ -520,44 +532,94 @@ def is_scored(settings: Settings, round: int) -> bool:
 def enrol_clients(grid: Grid, wanted: int) -> dict[int, int]:
     """Wait for a run's clients and learn which node is which client.
 
+    The wait is as long as somebody new comes: clients that are missing are given up
+    when no other node connects for :data:`ENROL_SECONDS`, or when all were asked, for
+    :data:`ANSWER_SECONDS`, and no other client has answered. One that is silent or fails
+    is asked again as long as others answer.
+
     Returns:
         {node id: client}, by node.
 
     Raises:
         FederationError: too few nodes, or two nodes claim the same client.
     """
-    deadline = time.monotonic() + ENROL_SECONDS
+    clients: dict[int, int] = {}
+    while True:
+        unknown = [node for node in _connected(grid, wanted) if node not in clients]
+        found, failures = _ask_clients(grid, unknown)
+        for node, client in found:
+            if client in clients.values():
+                raise FederationError(
+                    f"two nodes hold client {client}; give each its own partition-id"
+                )
+            clients[node] = client
+        missing = sorted(set(range(wanted)) - set(clients.values()))
+        if not missing:
+            return {n: c for n, c in sorted(clients.items()) if 0 <= c < wanted}
+        if not found:
+            raise FederationError(
+                f"clients {missing} are not there "
+                f"({'; '.join(failures) or 'no answer'}); "
+                "check that each node has its own partition-id and its shard"
+            )
+
+
+def renew_clients(grid: Grid, clients: Mapping[int, int]) -> dict[int, int]:
+    """Which node is which client now that nodes may have come back under other ids.
+
+    Nobody is asked unless a client's node is gone and there is a node that is unknown.
+
+    Args:
+        grid: to look on.
+        clients: {node id: client} as last known.
+
+    Returns:
+        The same, with the new node of each client that moved.
+    """
+    nodes = set(grid.get_node_ids())
+    gone = {client: node for node, client in clients.items() if node not in nodes}
+    unknown = sorted(nodes - clients.keys())
+    if not gone or not unknown:
+        return dict(clients)
+    found, _ = _ask_clients(grid, unknown)
+    moved = {client: node for node, client in found if client in gone}
+    kept = {n: c for n, c in clients.items() if c not in moved}
+    return dict(sorted((kept | {n: c for c, n in moved.items()}).items()))
+
+
+def _connected(grid: Grid, wanted: int) -> list[int]:
+    """The nodes, once there are enough."""
+    most, deadline = 0, time.monotonic() + ENROL_SECONDS
     while len(nodes := sorted(grid.get_node_ids())) < wanted:
+        if len(nodes) > most:
+            most, deadline = len(nodes), time.monotonic() + ENROL_SECONDS
         if time.monotonic() > deadline:
             raise FederationError(
-                f"{len(nodes)} of {wanted} clients are connected after "
-                f"{ENROL_SECONDS:g} s; start the missing ones or lower "
+                f"{len(nodes)} of {wanted} clients are connected, and in "
+                f"{ENROL_SECONDS:g} s no other came; start the missing ones or lower "
                 "federation.clients"
             )
         time.sleep(0.5)
+    return nodes
+
+
+def _ask_clients(
+    grid: Grid, nodes: Sequence[int]
+) -> tuple[list[tuple[int, int]], list[str]]:
+    """(node, client) of those that say which they are, and why others do not."""
     messages = [
         message_to(grid, node, RecordDict(), MessageType.QUERY, "enrol")
         for node in nodes
     ]
-    clients: dict[int, int] = {}
+    found: list[tuple[int, int]] = []
     failures: list[str] = []
-    for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
+    for reply in grid.send_and_receive(messages, timeout=ANSWER_SECONDS):
         client = _client_of(reply)
         if client is None:
             failures.append(first_line(reply))
-            continue
-        if client in clients.values():
-            raise FederationError(
-                f"two nodes hold client {client}; give each its own partition-id"
-            )
-        clients[reply.metadata.src_node_id] = client
-    missing = sorted(set(range(wanted)) - set(clients.values()))
-    if missing:
-        raise FederationError(
-            f"clients {missing} are not there ({'; '.join(failures) or 'no answer'}); "
-            "check that each node has its own partition-id and its shard"
-        )
-    return {n: c for n, c in sorted(clients.items()) if 0 <= c < wanted}
+        else:
+            found.append((reply.metadata.src_node_id, client))
+    return found, failures
 
 
 def sample_nodes(

@@ -107,6 +107,16 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def simulation_environment(home: Path) -> dict[str, str]:
+    """For a script of this repository, with this interpreter and Flower's files apart."""
+    return os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")]),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+
+
 def run_config(settings: dict[str, Any]) -> str:
     """Settings as ``flwr run --run-config`` reads them."""
 
@@ -146,12 +156,6 @@ def test_flowers_simulation_ends_in_the_bits_of_the_embedded_engine(
         "train.local_steps=8",
     )
     logs, home = tmp_path / "logs", tmp_path / "flwr"
-    environment = os.environ | {
-        "FLWR_HOME": str(home),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")]),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }
     done = subprocess.run(
         [
             "bash",
@@ -160,7 +164,7 @@ def test_flowers_simulation_ends_in_the_bits_of_the_embedded_engine(
             "2",
             run_config(to_flat(settings)),
         ],
-        env=environment,
+        env=simulation_environment(home),
         capture_output=True,
         text=True,
         timeout=300,
@@ -185,12 +189,6 @@ def test_a_failed_simulation_has_another_status_and_leaves_no_process(
     tmp_path: Path,
 ) -> None:
     home = tmp_path / "flwr"
-    environment = os.environ | {
-        "FLWR_HOME": str(home),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")]),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }
     done = subprocess.run(
         [
             "bash",
@@ -199,7 +197,7 @@ def test_a_failed_simulation_has_another_status_and_leaves_no_process(
             "2",
             "data.domains='nosuch' model.path='no/such/model'",
         ],
-        env=environment,
+        env=simulation_environment(home),
         capture_output=True,
         text=True,
         timeout=300,

@@ -607,3 +607,68 @@ def test_enrolment_does_not_wait_for_ever(
     monkeypatch.setattr(strategy_module, "ENROL_SECONDS", 0.2)
     with pytest.raises(FederationError, match="1 of 3 clients are connected"):
         Federation(tmp_path).strategy.enrol(answering([0]))
+
+
+class ComingAndGoing(EmbeddedGrid):
+    """A grid that says at every look which of its nodes are there."""
+
+    looks: list[list[int]]
+    asked: list[list[int]]
+
+    def get_node_ids(self) -> list[int]:
+        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Replies of the nodes that are there; the others are silent."""
+        asked = list(messages)
+        self.asked.append([message.metadata.dst_node_id for message in asked])
+        there = [m for m in asked if m.metadata.dst_node_id in self.looks[0]]
+        return super().send_and_receive(there, timeout=timeout)
+
+
+def coming_and_going(answers: list[Any], looks: list[list[int]]) -> ComingAndGoing:
+    grid = answering(answers)
+    grid.__class__ = ComingAndGoing
+    grid.looks, grid.asked = looks, []
+    return grid
+
+
+def test_enrolment_waits_as_long_as_nodes_keep_arriving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strategy_module, "ENROL_SECONDS", 0.7)  # a look takes 0.5 s
+    nodes = [100, 101, 102, 103]
+    grid = coming_and_going([0, 1, 2, 3], [nodes[:n] for n in range(5)])
+    clients = strategy_module.enrol_clients(grid, 4)
+    assert clients == {100: 0, 101: 1, 102: 2, 103: 3}
+
+
+def test_enrolment_asks_a_silent_client_again_while_others_answer() -> None:
+    both, one = [100, 101], [100]
+    grid = coming_and_going([0, 1], [both, one, both])
+    grid.looks = [both, one, both]
+    real, turns = grid.send_and_receive, iter([one, both])
+
+    def answer(messages: Iterable[Message], *, timeout: float | None = None) -> Any:
+        grid.looks = [next(turns)]
+        replies = real(messages, timeout=timeout)
+        grid.looks = [both]
+        return replies
+
+    grid.send_and_receive = answer
+    assert strategy_module.enrol_clients(grid, 2) == {100: 0, 101: 1}
+    assert grid.asked == [both, [101]]
+
+
+def test_a_client_is_found_under_its_new_node_and_nobody_else_is_asked() -> None:
+    grid = coming_and_going([0, 1, 1, 7], [[100, 102, 103]])
+    before = {100: 0, 101: 1}
+    assert strategy_module.renew_clients(grid, before) == {100: 0, 102: 1}
+    assert grid.asked == [[102, 103]]
+    grid.looks, grid.asked = [[100, 101, 102]], []
+    assert strategy_module.renew_clients(grid, before) == before
+    grid.looks = [[100]]
+    assert strategy_module.renew_clients(grid, before) == before
+    assert grid.asked == []

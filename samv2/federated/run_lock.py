@@ -1,0 +1,48 @@
+"""One server at a time in a run directory.
+
+The system drops the lock when its process ends, however it ends, so nothing stale is
+left behind by a server that was killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from samv2.common.errors import CheckpointError
+
+LOCK = "server.lock"
+WAIT_SECONDS = 60.0
+"""A server whose SuperLink was killed may live on for a while."""
+
+
+@contextmanager
+def sole_server(root: Path, *, wait: float = WAIT_SECONDS) -> Iterator[None]:
+    """Hold a run directory as its only server.
+
+    Args:
+        root: the directory; made if needed.
+        wait: seconds that another server is waited for.
+
+    Raises:
+        CheckpointError: another process holds the directory.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait
+    with (root / LOCK).open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise CheckpointError(
+                        f"{root} is in use by another server ({LOCK} is held); stop "
+                        "that run (`flwr ls`, `flwr stop RUN_ID`), or choose another "
+                        "run-dir"
+                    ) from None
+            time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
+        yield
