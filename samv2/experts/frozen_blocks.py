@@ -43,8 +43,12 @@ class FrozenBlocks(nn.Module):
         for name in ("shared_QD", "out_EQD", "bias_ED"):
             value = getattr(surrogates, name) if surrogates is not None else None
             self.register_buffer(f"surrogate_{name}", value)
+        self.register_buffer("dropped_out_QD", None, persistent=False)
+        self.register_buffer("dropped_bias_D", None, persistent=False)
         self.repaired: tuple[int, ...] = ()
         """Values of K that have a repair, rising."""
+        self.is_part = False
+        """Whether the whole has more experts, so that K = E loses something, too."""
         self.packed: tuple[str, ...] = ()
         """Names of the blocks that are NF4."""
         self._words: dict[str, tuple[Tensor, Nf4Words]] = {}
@@ -70,16 +74,26 @@ class FrozenBlocks(nn.Module):
             bias_ED=self.surrogate_bias_ED,
         )
 
+    def add_dropped(self, out_QD: Tensor, bias_D: Tensor) -> None:
+        """Let the surrogates of experts that are not held stand in for them.
+
+        Args:
+            out_QD: (Q, D) float32 sum of their V.
+            bias_D: (D,) float32 sum of their b.
+        """
+        self.dropped_out_QD, self.dropped_bias_D = out_QD, bias_D
+
     def add_repair(self, k: int, repair: Repair) -> None:
         """Store what to compute with when a token makes ``k`` visits.
 
         Raises:
             ModelError: K = E, which needs no repair.
         """
-        if not 0 < k < self.num_experts:
+        most = self.num_experts - (not self.is_part)
+        if not 0 < k <= most:
             raise ModelError(
                 f"a repair for K = {k} of {self.num_experts} experts was given; only a K "
-                f"in 1..{self.num_experts - 1} loses anything to repair"
+                f"in 1..{most} loses anything to repair"
             )
         for part in fields(Repair):
             self.register_buffer(repair_name(k, part.name), getattr(repair, part.name))
@@ -104,6 +118,18 @@ class FrozenBlocks(nn.Module):
             for part in ("in_QD", "out_QD", "bias_D")
         )
         return (x_TD @ in_QD.T) @ out_QD + bias_D
+
+    def stand_in_for_dropped(self, x_TD: Tensor) -> Tensor:
+        """What experts that are not held add by their surrogates, (T, D) in x's dtype."""
+        shared_QD, out_QD, bias_D = (
+            part.to(x_TD.dtype)
+            for part in (
+                self.surrogate_shared_QD,
+                self.dropped_out_QD,
+                self.dropped_bias_D,
+            )
+        )
+        return (x_TD @ shared_QD.T) @ out_QD + bias_D
 
     def block(self, name: str, dtype: torch.dtype) -> Tensor:
         """One of :attr:`block_names`, (E, F, D) in a dtype; unpacked where it is NF4."""

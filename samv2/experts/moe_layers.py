@@ -273,7 +273,7 @@ class ExpertGraphMLP(FrozenBlocks):
         batch, length, model_width = x_BSD.shape
         state = self._advance(x_BSD, prefix)
         x_TD = x_BSD.reshape(-1, model_width)
-        scores_TE = self._scores(x_TD)
+        scores_TE = self.scores(x_TD)
         k = options.experts_per_token
         if k is None:
             k = self.experts_per_token
@@ -295,13 +295,13 @@ class ExpertGraphMLP(FrozenBlocks):
         """How many visits this layer makes when the model is asked for ``k``."""
         return self.visits.get(k, k)
 
-    def _scores(self, x_TD: Tensor) -> Tensor:
+    def scores(self, x_TD: Tensor) -> Tensor:
         """g = G x + c, (T, E) float32."""
         return GateScores.apply(x_TD, self.gate_weight_ED, self.gate_bias_E)
 
     def visited(self, x_TD: Tensor, k: int) -> Tensor:
         """(T, E) bool: what (T, D) inputs visit on the server graph at K = ``k``."""
-        scores_TE = self._scores(x_TD)
+        scores_TE = self.scores(x_TD)
         reached_TE = visit(
             scores_TE[:, self.order_E].detach(),
             self.edge_mask_EE.unsqueeze(0),
@@ -445,7 +445,11 @@ class ExpertGraphMLP(FrozenBlocks):
                     adapters=adapters,
                     surrogates=surrogates,
                 )
-        return y_TD + self.stand_in(x_TD, k) if repaired else y_TD
+        if repaired:
+            return y_TD + self.stand_in(x_TD, k)
+        if stand_ins and self.dropped_out_QD is not None:
+            return y_TD + self.stand_in_for_dropped(x_TD)
+        return y_TD
 
 
 def check_visits(experts_per_token: int, num_shared: int, num_experts: int) -> None:

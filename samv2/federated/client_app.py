@@ -24,6 +24,8 @@ from samv2.federated.client_round import (
     train_round,
 )
 from samv2.federated.grid import (
+    FLOPS_BUDGET,
+    MEMORY_BUDGET,
     MOVED,
     asked_round,
     counts_to_record,
@@ -31,6 +33,8 @@ from samv2.federated.grid import (
     request_from_record,
     wants_counts,
 )
+from samv2.experts.sub_graph import SubGraph
+from samv2.federated.subgraph import budget_of
 from samv2.federated.run_folder import RunFolder, run_model
 from samv2.models.save import WEIGHTS
 
@@ -67,7 +71,15 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
         client = client_index(context)
         place = where(context)
         shard = load_client(place.shards, client)
-        metrics = MetricRecord({"client": client, "train-tokens": len(shard.train)})
+        budget = budget_of(place.settings, client, context.node_config)
+        metrics = MetricRecord(
+            {
+                "client": client,
+                "train-tokens": len(shard.train),
+                MEMORY_BUDGET: budget.memory_bytes,
+                FLOPS_BUDGET: budget.flops,
+            }
+        )
         facts = ConfigRecord({"domains": ",".join(shard.heldout)})
         content = RecordDict({"metrics": metrics, "facts": facts})
         if wants_counts(message.content):
@@ -79,13 +91,14 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         request = request_from_record(message.content)
-        reply = train_round(runtime_at(where(context)), client_index(context), request)
+        runtime = runtime_at(where(context), request.part)
+        reply = train_round(runtime, client_index(context), request)
         return Message(reply_to_record(reply), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         request, client = request_from_record(message.content), client_index(context)
-        runtime = runtime_at(where(context))
+        runtime = runtime_at(where(context), request.part)
         scores = evaluate_round(runtime, client, request)
         metrics = MetricRecord()
         if runtime.settings.drift.detect:
@@ -100,17 +113,24 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
     return app
 
 
-def runtime_at(place: ClientPlace) -> ClientRuntime:
-    """The process's runtime; a process serves one run, so one is kept."""
+def runtime_at(place: ClientPlace, part: SubGraph | None = None) -> ClientRuntime:
+    """The process's runtime; a process serves one run, so one a kind of client is kept.
+
+    Args:
+        place: where everything is.
+        part: what the client holds; None: the whole model.
+    """
     weights = place.model / WEIGHTS
     written = weights.stat().st_mtime_ns if weights.is_file() else 0
-    return _runtime_of(place, written)
+    return _runtime_of(place, written, part)
 
 
-@lru_cache(maxsize=1)
-def _runtime_of(place: ClientPlace, written: int) -> ClientRuntime:
+@lru_cache(maxsize=3)
+def _runtime_of(
+    place: ClientPlace, written: int, part: SubGraph | None
+) -> ClientRuntime:
     """``written`` tells a model from another that took its folder."""
-    return load_runtime(place.model, place.shards, place.states, place.settings)
+    return load_runtime(place.model, place.shards, place.states, place.settings, part)
 
 
 def client_index(context: Context) -> int:

@@ -25,6 +25,7 @@ from samv2.data.shards import ClientShard, load_client
 from samv2.data.tokens import windows
 from samv2.experts.graph import Edit, ExpertGraph, apply_edits
 from samv2.experts.sibling_gate import count_tokens
+from samv2.experts.sub_graph import SubGraph
 from samv2.federated.client_state import (
     ClientState,
     load_client_state,
@@ -36,11 +37,13 @@ from samv2.federated.drift import distance
 from samv2.federated.heldout import heldout_windows, score_domains
 from samv2.federated.local_step import LocalResult, local_step
 from samv2.federated.siblings import pack_counts
-from samv2.federated.usage import pack_usage
-from samv2.models.adapters import assembler_id, layers_of_blocks
+from samv2.federated.subgraph import whole_manifest
+from samv2.federated.usage import EdgeCounts, pack_usage
+from samv2.models.adapters import block_layers
 from samv2.models.expert_model import ExpertModel
 from samv2.models.perplexity import Score
 from samv2.models.save import load_expert_model
+from samv2.models.sub_model import PartAssembler, load_sub_model
 from samv2.updates.packing import Manifest, pack, unpack
 from samv2.updates.sparsify import next_residual, select_blocks
 
@@ -63,8 +66,11 @@ class ClientRuntime:
 
     model: ExpertModel
     base_blocks: dict[int, Tensor]
-    """The bootstrapped model's trainable blocks."""
+    """The bootstrapped model's trainable blocks, of the part that is held."""
     manifest: Manifest
+    """Of the whole model's blocks."""
+    part: SubGraph | None = None
+    """What is held; None: the whole model."""
     shards: Path
     """Folder of the clients' shards; a deployed client's holds its own only."""
     states: Path
@@ -91,6 +97,8 @@ class RoundRequest:
     graph: GraphMessage
     parameters: bytes
     """Frame of the trained blocks, differences from the bootstrapped model."""
+    part: SubGraph | None = None
+    """What the client holds; None: the whole model."""
     temperature: float = 1.0
 
 
@@ -110,16 +118,27 @@ class TrainReply:
 
 
 def load_runtime(
-    model_folder: Path, shards: Path, states: Path, settings: Settings
+    model_folder: Path,
+    shards: Path,
+    states: Path,
+    settings: Settings,
+    part: SubGraph | None = None,
 ) -> ClientRuntime:
-    """Load the bootstrapped model and remember its starting blocks."""
-    model, _ = load_expert_model(model_folder)
-    model.set_experts_per_token(settings.experts.experts_per_token)
+    """Load the bootstrapped model, or a part of it, and remember its starting blocks."""
+    if part is None:
+        model, _ = load_expert_model(model_folder)
+        model.set_experts_per_token(settings.experts.experts_per_token)
+    else:
+        model, _ = load_sub_model(model_folder, part)
     base_blocks = model.read_blocks()
+    whole = part is None
     return ClientRuntime(
         model=model,
         base_blocks=base_blocks,
-        manifest=Manifest.of(base_blocks),
+        manifest=(
+            Manifest.of(base_blocks) if whole else whole_manifest(model_folder, model)
+        ),
+        part=part,
         shards=shards,
         states=states,
         settings=settings,
@@ -151,7 +170,7 @@ def train_round(
     state = load_client_state(folder, before_round=request.round)
     graph = update_graph(state.graph, request.graph)
     received = _load_round(runtime, request, graph)
-    runtime.model.write_blocks(_with_own(received, state.residual))
+    runtime.model.write_blocks(_with_own(received, _inward(runtime, state.residual)))
     shard = load_client(runtime.shards, client).at(request.round)
     rate = learning_rate(settings, request.round)
     result = local_step(
@@ -163,15 +182,16 @@ def train_round(
         siblings=own_siblings(runtime, shard),
         count_usage=settings.edits.rho_max > 0,
         moments=state.moments,
+        micro_batch=0 if runtime.part is None else runtime.part.micro_batch,
         callbacks=callbacks,
     )
     trained = runtime.model.read_blocks()
-    update = {key: trained[key] - received[key] for key in trained}
+    update = _outward(runtime, {k: trained[k] - received[k] for k in trained})
     budget = round_budget(settings, shard, request.round)
     frame, residual = _pack_update(runtime, update, budget, request.round, client)
     kept = ClientState(residual=residual, moments=result.moments, graph=graph)
     save_client_state(folder, kept, round=request.round)
-    return _reply(frame, result, graph, request.round)
+    return _reply(runtime, frame, result, graph, request.round)
 
 
 def evaluate_round(
@@ -325,13 +345,33 @@ def _load_round(
 ) -> dict[int, Tensor]:
     """Write the round's parameters and graph into the model; returns the parameters."""
     sent = unpack(request.parameters, runtime.manifest, round=request.round)
+    sent = _inward(runtime, sent)
     received = {
         key: base + sent[key] if key in sent else base
         for key, base in runtime.base_blocks.items()
     }
     runtime.model.write_blocks(received)
-    runtime.model.set_graph(graph)
+    part, assembler = runtime.part, runtime.model.assembler
+    runtime.model.set_graph(graph if part is None else part.graph(graph))
+    if isinstance(assembler, PartAssembler):
+        assembler.set_graph(graph)
     return received
+
+
+def _inward(
+    runtime: ClientRuntime, blocks: Mapping[int, Tensor]
+) -> Mapping[int, Tensor]:
+    """Blocks of the whole as the runtime's model has them."""
+    if runtime.part is None:
+        return blocks
+    return runtime.part.inward(blocks, runtime.model.expert_config.siblings)
+
+
+def _outward(runtime: ClientRuntime, blocks: dict[int, Tensor]) -> dict[int, Tensor]:
+    """The model's blocks as the whole has them."""
+    if runtime.part is None:
+        return blocks
+    return runtime.part.outward(blocks, runtime.model.expert_config.siblings)
 
 
 def _with_own(
@@ -355,14 +395,16 @@ def _pack_update(
         budget: most bytes of the frame.
     """
     federation = runtime.settings.federation
-    layers = runtime.model.expert_layers
+    config = runtime.model.expert_config
+    experts = runtime.part.num_experts if runtime.part else config.num_experts
+    assembler, layer_of = block_layers(len(config.layers), experts, config.siblings)
     chosen = select_blocks(
         update,
         codec=federation.codec,
         update_budget_bytes=budget,
         send_experts=federation.send_experts,
-        layer_of=layers_of_blocks(layers),
-        always=[assembler_id(layers)],
+        layer_of=layer_of,
+        always=[assembler],
     )
     if not chosen:
         raise FederationError(
@@ -387,11 +429,18 @@ def _pack_update(
 
 
 def _reply(
+    runtime: ClientRuntime,
     frame: bytes, result: LocalResult, graph: ExpertGraph, round: int
 ) -> TrainReply:
+    counts, part = result.counts, runtime.part
+    if part is not None:
+        counts = EdgeCounts(
+            usage_LEE=part.widen_counts(counts.usage_LEE, graph),
+            demand_LEE=part.widen_counts(counts.demand_LEE, graph),
+        )
     return TrainReply(
         update=frame,
-        usage=pack_usage(result.counts, round=round),
+        usage=pack_usage(counts, round=round),
         graph_version=graph.version,
         examples=result.examples,
         tokens=result.tokens,

@@ -37,6 +37,7 @@ from flwr.serverapp import Grid
 
 from samv2.common.errors import FederationError, FrameError
 from samv2.common.threads import one_thread
+from samv2.experts.sub_graph import SubGraph
 from samv2.federated.client_round import (
     GraphMessage,
     RoundRequest,
@@ -47,6 +48,8 @@ from samv2.federated.client_round import (
 
 FRAME_STYPE = "samv2.frame.v1"
 GRAPH_STYPE = "samv2.graph.v1"
+MEMORY_BUDGET, FLOPS_BUDGET = "memory-budget-bytes", "flops-budget"
+"""Keys under which a client says what it can hold and compute."""
 MOVED = "text-distance"
 """Key under which a client says how far its text is from what it was."""
 RUN_ID = 1
@@ -71,6 +74,8 @@ def request_to_record(request: RoundRequest) -> RecordDict:
             "temperature": request.temperature,
         }
     )
+    if request.part is not None:
+        config["part"] = request.part.to_json()
     return RecordDict({"payload": ArrayRecord(arrays), "config": config})
 
 
@@ -86,6 +91,7 @@ def request_from_record(record: RecordDict) -> RoundRequest:
             edits=edits_from_json(str(config["edits"])),
         ),
         parameters=_bytes(payload["parameters"], FRAME_STYPE),
+        part=SubGraph.from_json(str(config["part"])) if "part" in config else None,
         temperature=float(config["temperature"]),
     )
 

@@ -57,6 +57,7 @@ def local_step(
     siblings: tuple[int, ...] | None = None,
     count_usage: bool = True,
     moments: Moments | None = None,
+    micro_batch: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> LocalResult:
     """Train the model's trainable parameters in place on one client's text.
@@ -71,6 +72,8 @@ def local_step(
         siblings: adapter siblings that take part and are trained; None: all.
         count_usage: whether walks are recorded, which costs time.
         moments: the optimiser's, of the client's rounds before; None: it starts anew.
+        micro_batch: windows that pass at once, whose gradients add up to the batch's; 0:
+            all of them.
         callbacks: see every step; any of them may end the training early.
 
     Returns:
@@ -105,15 +108,14 @@ def local_step(
             batch_BS = sample_batch(
                 train_stream, settings.batch_size, settings.sequence_length, generator
             )
-            loss = next_token_loss(model, batch_BS, options)
             optimizer.zero_grad()
-            loss.backward()
+            loss = _add_gradients(model, batch_BS, options, micro_batch)
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
             report = StepReport(
                 step=step,
                 steps=settings.local_steps,
-                loss=float(loss.detach()),
+                loss=loss,
                 learning_rate=settings.learning_rate,
                 tokens=batch_BS.numel(),
                 seconds=time.perf_counter() - begin,
@@ -136,6 +138,19 @@ def local_step(
         moments=take_moments(optimizer, model) if settings.keep_optimizer else None,
         seconds=time.perf_counter() - start,
     )
+
+
+def _add_gradients(
+    model: ExpertModel, batch_BS: Tensor, options: WalkOptions, micro_batch: int
+) -> float:
+    """Backward passes over a batch, so many windows at a time; returns its mean loss."""
+    total = 0.0
+    for part_BS in batch_BS.split(micro_batch or len(batch_BS)):
+        share = len(part_BS) / len(batch_BS)
+        loss = next_token_loss(model, part_BS, options) * share
+        loss.backward()
+        total += float(loss.detach())
+    return total
 
 
 @contextmanager

@@ -146,9 +146,21 @@ def initial_state(blocks: dict[int, Tensor], graph: ExpertGraph) -> ServerState:
     )
 
 
-def broadcast_frame(state: ServerState, manifest: Manifest) -> bytes:
-    """The trained blocks for the next round, bit for bit; untouched ones are absent."""
-    trained = {key: value for key, value in state.blocks.items() if bool(value.any())}
+def broadcast_frame(
+    state: ServerState, manifest: Manifest, held: Container[int] | None = None
+) -> bytes:
+    """The trained blocks for the next round, bit for bit; untouched ones are absent.
+
+    Args:
+        state: after the round before.
+        manifest: of the blocks.
+        held: ids of the blocks that the receiver holds; None: all.
+    """
+    trained = {
+        key: value
+        for key, value in state.blocks.items()
+        if (held is None or key in held) and bool(value.any())
+    }
     return pack(trained, manifest, round=state.round + 1)
 
 

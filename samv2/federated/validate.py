@@ -28,6 +28,7 @@ def validate_reply(
     settings: Settings,
     *,
     visits: Sequence[int] | None = None,
+    held: Container[int] | None = None,
 ) -> ValidReply:
     """Check one reply against what the server asked for.
 
@@ -38,6 +39,7 @@ def validate_reply(
         manifest: of the blocks.
         settings: limits; the example count is capped at ``federation.max_examples``.
         visits: most visits a token makes in each converted layer; None: K everywhere.
+        held: ids of the blocks that the client holds; None: all.
 
     Returns:
         The reply, ready to merge.
@@ -45,7 +47,7 @@ def validate_reply(
     Raises:
         FrameError: the reason; one of the frame format's, or ``budget`` (update larger
             than allowed), ``examples``, ``tokens``, ``train_loss``, ``graph_version``,
-            ``usage_range``, ``empty_update``, ``fixed_block``, ``update_range``.
+            ``usage_range``, ``empty_update``, ``not_held``, ``fixed_block``, ``update_range``.
     """
     current = state.round + 1
     budget = settings.federation.update_budget_bytes
@@ -82,6 +84,11 @@ def validate_reply(
     update = unpack(reply.update, manifest, round=current)
     if not update:
         raise FrameError("empty_update", "the update carries no expert")
+    strange = [key for key in update if held is not None and key not in held]
+    if strange:
+        raise FrameError(
+            "not_held", f"the update changes block {strange[0]}, which its client lacks"
+        )
     if settings.adapter.siblings > 1 and max(manifest.ids) in update:
         raise FrameError("fixed_block", "the update changes the gate, which is fixed")
     largest = max(float(block.abs().max()) for block in update.values())

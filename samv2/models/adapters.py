@@ -191,15 +191,27 @@ def gate_id(layers: Sequence[ExpertGraphMLP]) -> int:
     return layers[0].siblings * assembler_id(layers) + 1
 
 
-def layers_of_blocks(layers: Sequence[ExpertGraphMLP]) -> dict[int, int]:
-    """The converted layer of every expert's block, siblings' included, by its id."""
-    experts, num_experts = assembler_id(layers), layers[0].num_experts
+def block_layers(
+    layers: int, num_experts: int, siblings: int
+) -> tuple[int, dict[int, int]]:
+    """Where blocks belong.
+
+    Args:
+        layers: L.
+        num_experts: E.
+        siblings: G.
+
+    Returns:
+        The id of the assembler's block, and the converted layer of every expert's block,
+        siblings' included, by its id.
+    """
+    experts = layers * num_experts
     found = {}
-    for sibling in range(layers[0].siblings):
+    for sibling in range(siblings):
         start = sibling * experts + (sibling > 0)
         for index in range(experts):
             found[start + index] = index // num_experts
-    return found
+    return experts, found
 
 
 def _flatten(parts: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -162,7 +162,7 @@ def load_expert_model(folder: Path) -> tuple[ExpertModel, PreTrainedTokenizerBas
                 f"{file} cannot be read ({error}); bootstrap the model again"
             ) from None
     try:
-        model = _build(weights, config, hf_config)
+        model = build_model(weights, config, hf_config)
     except (ModelError, RuntimeError) as error:
         raise misfit(folder, error) from None
     try:
@@ -204,18 +204,35 @@ def read_expert_config(folder: Path) -> tuple[ExpertModelConfig, PretrainedConfi
     return config, hf_config
 
 
-def _build(
-    weights: dict[str, Tensor], config: ExpertModelConfig, hf_config: PretrainedConfig
+def build_model(
+    weights: dict[str, Tensor],
+    config: ExpertModelConfig,
+    hf_config: PretrainedConfig,
+    *,
+    assembler: nn.Module | None = None,
+    is_part: bool = False,
 ) -> ExpertModel:
-    """The model around the stored tensors."""
+    """The model around its stored tensors, in evaluation mode.
+
+    Args:
+        weights: by the names they have on disk.
+        config: what they are of.
+        hf_config: the dense model's.
+        assembler: to use; None makes the one that the config asks for.
+        is_part: the weights are of some experts only.
+
+    Raises:
+        ModelError, RuntimeError: tensors are missing, too many, or of other shapes.
+    """
     dtype = _stored(weights, "model.embed_tokens.weight").dtype
     with no_init_weights():
         llama = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-    assembler = make_assembler(hf_config.hidden_size, config)
+    if assembler is None:
+        assembler = make_assembler(hf_config.hidden_size, config)
     decoder = llama.model.layers
     for position, index in enumerate(config.layers):
         prefix = f"model.layers.{index}.mlp."
-        mlp = layer_from(weights, prefix, position, config)
+        mlp = layer_from(weights, prefix, position, config, is_part=is_part)
         mlp.assembler = assembler
         decoder[index] = ExpertDecoderLayer(decoder[index], mlp)
     own = ("assembler.", "sibling_gate.")
@@ -279,6 +296,8 @@ def layer_from(
     prefix: str,
     position: int,
     config: ExpertModelConfig,
+    *,
+    is_part: bool = False,
 ) -> ExpertGraphMLP:
     """A converted layer around its stored tensors, without an assembler.
 
@@ -287,6 +306,7 @@ def layer_from(
         prefix: of their names, up to and with ``mlp.``.
         position: among the converted layers.
         config: of the model.
+        is_part: the tensors are of some experts only, see :mod:`samv2.models.sub_model`.
 
     Raises:
         ModelError: a tensor is missing, or NF4 blocks are damaged.
@@ -330,6 +350,7 @@ def layer_from(
         siblings=config.siblings,
         visits=config.layer_visits(position),
     )
+    layer.is_part = is_part
     for k in config.repaired:
         names = {field.name: repair_name(k, field.name) for field in fields(Repair)}
         down_EFD = block(names.pop(DOWN))
