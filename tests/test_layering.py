@@ -34,6 +34,10 @@ FLWR_FILES = {
     f"samv2/federated/{name}.py"
     for name in (
         "strategy",
+        "enrolment",
+        "exchange",
+        "workers",
+        "rehearsal_mod",
         "client_app",
         "server_app",
         "grid",

@@ -27,6 +27,7 @@ from samv2.federated.grid import (
     request_from_record,
     wants_counts,
 )
+from samv2.federated.rehearsal_mod import rehearsal_mod
 from samv2.federated.run_folder import RunFolder, run_model
 from samv2.federated.siblings import pack_counts
 from samv2.models.save import WEIGHTS
@@ -54,10 +55,16 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
         place: where everything is; None reads it from Flower's contexts, see
             :func:`place_from_context`.
     """
-    app = ClientApp()
 
     def where(context: Context) -> ClientPlace:
         return place if place is not None else place_from_context(context)
+
+    mod = rehearsal_mod(
+        lambda context: where(context).settings,
+        client_index,
+        lambda context: runtime_at(where(context)).manifest,
+    )
+    app = ClientApp(mods=[mod])
 
     @app.query()
     def query(message: Message, context: Context) -> Message:

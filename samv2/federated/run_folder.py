@@ -26,6 +26,7 @@ CHANGEABLE = (
     "federation.rounds",
     "federation.workers",
     "federation.round_timeout",
+    "federation.retries",
     "federation.keep_frames",
 )
 """Settings that may differ when a run is resumed."""
@@ -36,6 +37,7 @@ _OWN_FOLDERS = (
     "clients",
     "checkpoints",
     "frames",
+    "spool",
     "tensorboard",
     "flower",
 )
@@ -85,6 +87,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Server states."""
         return self.root / "checkpoints"
+
+    @property
+    def spool(self) -> Path:
+        """Frames of the round that goes on; empty between rounds."""
+        return self.root / "spool"
 
     @property
     def siblings(self) -> Path:

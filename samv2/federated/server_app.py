@@ -7,6 +7,7 @@ Both ways run the same strategy and the same client app.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ from samv2.federated.client_app import (
 )
 from samv2.federated.grid import EmbeddedGrid
 from samv2.federated.prepare import Prepared, prepare
+from samv2.federated.rehearsal import warning as rehearsal_warning
 from samv2.federated.round_table import RoundTable
 from samv2.federated.run_folder import RunFolder, open_run, run_model
 from samv2.federated.run_logs import (
@@ -49,10 +51,13 @@ from samv2.federated.run_logs import (
     write_merge,
 )
 from samv2.federated.server_merge import ServerState, initial_state
+from samv2.federated.spool import Spool
 from samv2.federated.strategy import RoundReport, SamStrategy
 from samv2.models.perplexity import Score
 from samv2.models.save import load_expert_model
 from samv2.updates.packing import Manifest
+
+log = logging.getLogger(__name__)
 
 
 def run_embedded(
@@ -114,17 +119,22 @@ def federate(
 ) -> dict[str, Any]:
     """Run the rounds that are left on a grid, log each, and write the summary."""
     begin = time.perf_counter()
+    if (words := rehearsal_warning(settings)) is not None:
+        log.warning(words)
     state, manifest, facts = _restore(run, settings, prepared)
     start_scores, spent = facts["start"], facts["seconds"]
-    log = MetricsLog(run.root, keep_rounds=state.round)
-    with closing(log) as metrics, table:
+    rows = MetricsLog(run.root, keep_rounds=state.round)
+    with closing(rows) as metrics, table:
         if start_scores is not None:
             table.start(start_scores)
         for row in read_metrics(run.root):
             table.add(row)
 
         def checkpoint(current: ServerState) -> None:
-            extra = facts | {"seconds": _add(spent, time.perf_counter() - begin)}
+            extra = facts | {
+                "seconds": _add(spent, time.perf_counter() - begin),
+                "clients": strategy.memory(),
+            }
             save_checkpoint(
                 run.checkpoints,
                 current,
@@ -160,7 +170,9 @@ def federate(
             visits=prepared.visits,
             on_start=on_start if start_scores is None else None,
             on_round=on_round,
+            spool=Spool(run.spool),
         )
+        strategy.recall(facts["clients"])
         strategy.gate_bytes = {int(k): v for k, v in facts["gate_bytes"].items()}
         strategy.start(grid)
     return _summarise(
@@ -196,11 +208,17 @@ def _restore(
     run: RunFolder, settings: Settings, prepared: Prepared
 ) -> tuple[ServerState, Manifest, dict[str, Any]]:
     """State, manifest, and what is known of earlier starts: ``start`` perplexities
-    (None before they are scored), ``seconds`` spent, ``gate_bytes`` by client."""
+    (None before they are scored), ``seconds`` spent, ``gate_bytes`` by client, and what
+    the strategy remembers of ``clients``."""
     model, _ = load_expert_model(run_model(run, settings))
     blocks = model.read_blocks()
     manifest = Manifest.of(blocks)
-    facts: dict[str, Any] = {"start": None, "seconds": {}, "gate_bytes": {}}
+    facts: dict[str, Any] = {
+        "start": None,
+        "seconds": {},
+        "gate_bytes": {},
+        "clients": {},
+    }
     path = latest_checkpoint(run.checkpoints)
     if path is None:
         return initial_state(blocks, model.graph), manifest, facts

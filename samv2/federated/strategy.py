@@ -1,5 +1,7 @@
 """The Flower strategy: asks clients, refuses what is invalid, merges the rest.
 
+    requests out -> replies validated as they come -> merge -> scores
+
 Arithmetic lives in server_merge; this file turns messages into its arguments. Only the
 message API is used.
 """
@@ -8,17 +10,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Message,
     MessageType,
     MetricRecord,
-    RecordDict,
 )
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -33,13 +33,28 @@ from samv2.federated.client_round import (
     edits_to_json,
     pack_graph,
 )
+from samv2.federated.enrolment import ENROL_SECONDS, enrol_clients, sample_nodes
+from samv2.federated.exchange import (
+    Exchange,
+    error_refusal,
+    reported_scores,
+)
 from samv2.federated.grid import (
     counts_from_record,
     counts_request,
     message_to,
     reply_from_record,
+    request_from_record,
     request_to_record,
 )
+from samv2.federated.refusals import (
+    TooFewReplies,
+    count_hostile,
+    quarantined,
+    refusal,
+)
+from samv2.federated.rehearsal import ATTEMPT
+from samv2.federated.scores import is_scored, sum_scores
 from samv2.federated.server_merge import (
     MergeReport,
     Refusal,
@@ -49,15 +64,12 @@ from samv2.federated.server_merge import (
     server_merge,
 )
 from samv2.federated.siblings import fit_siblings, unpack_counts
-from samv2.federated.validate import LARGEST_LOSS, validate_reply
+from samv2.federated.spool import Spool
+from samv2.federated.validate import validate_reply
 from samv2.models.perplexity import Score
 from samv2.updates.packing import Manifest
 
 log = logging.getLogger(__name__)
-
-ENROL_SECONDS = 120.0
-LONGEST_DETAIL = 2000
-"""Characters of a client's error that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +82,7 @@ class RoundReport:
     bytes_down: int
     """Payload bytes sent to one client for training, the largest of the round."""
     bytes_down_all: int
-    """The same of all clients asked; of the second try where there were two."""
+    """The same of all requests; of the second try where there were two."""
     seconds: dict[str, float]
     """Wall time by phase: train, merge, evaluate."""
 
@@ -81,26 +93,12 @@ class _Round:
 
     nodes: dict[int, int] = field(default_factory=dict)
     """{node id: client} of the clients asked."""
+    requests: dict[int, Message] = field(default_factory=dict)
+    """By node, as sent last."""
+    attempts: dict[int, int] = field(default_factory=dict)
+    """How often each node was asked again."""
     bytes_down: int = 0
     bytes_down_all: int = 0
-
-
-class TooFewReplies(FederationError):
-    """A round had fewer valid replies than it needs."""
-
-    def __init__(
-        self, server_round: int, valid: int, needed: int, refusals: Sequence[Refusal]
-    ) -> None:
-        causes = "; ".join(
-            f"client {item.client}: {item.detail.splitlines()[0]} [{item.reason}]"
-            for item in refusals
-        )
-        super().__init__(
-            f"round {server_round} had {valid} valid replies, needed are {needed} "
-            f"(federation.min_replies), also when it was tried again. {causes}. "
-            "Everything up to the round before is in the checkpoint: mend the clients "
-            "and continue with --resume"
-        )
 
 
 class SamStrategy(Strategy):
@@ -114,6 +112,7 @@ class SamStrategy(Strategy):
         on_start: called with the held-out scores before the first round of this call.
         on_round: called after every round with the new state and its report; the place
             for checkpoints and logs.
+        spool: where a round's frames wait for its merge; default: in memory.
     """
 
     def __init__(
@@ -125,6 +124,7 @@ class SamStrategy(Strategy):
         visits: Sequence[int] | None = None,
         on_start: Callable[[dict[str, Score]], None] | None = None,
         on_round: Callable[[ServerState, RoundReport], None] | None = None,
+        spool: Spool | None = None,
     ) -> None:
         self.state = state
         self.manifest = manifest
@@ -134,7 +134,12 @@ class SamStrategy(Strategy):
         self._on_round = on_round
         self._clients: dict[int, int] = {}
         self._known_version: dict[int, int] = {}
+        self._recalled: dict[int, int] = {}
+        self._hostile: dict[int, int] = {}
+        self._exchange = Exchange()
+        self._spool = spool or Spool(None)
         self._current = _Round()
+        self._trained = 0.0
         self._merge: MergeReport | None = None
         self._scores: dict[str, Score] = {}
         self.siblings: dict[int, int] = {}
@@ -181,22 +186,18 @@ class SamStrategy(Strategy):
     def _one_round(self, grid: Grid, timeout: float) -> None:
         begin = time.perf_counter()
         current = self.state.round + 1
-        replies = self._train(grid, current, timeout)
-        trained = time.perf_counter()
         try:
-            self.aggregate_train(current, replies)
+            self.aggregate_train(current, self._train(grid, current, timeout))
         except TooFewReplies:
-            replies = self._train(grid, current, timeout)
-            trained = time.perf_counter()
-            self.aggregate_train(current, replies)
+            self.aggregate_train(current, self._train(grid, current, timeout))
         merged = time.perf_counter()
         scores: dict[str, Score] = {}
         if is_scored(self.settings, current):
             scores = self._evaluate(grid, current, timeout)
         if self._on_round is not None and self._merge is not None:
             seconds = {
-                "train": trained - begin,
-                "merge": merged - trained,
+                "train": self._trained - begin,
+                "merge": merged - self._trained,
                 "evaluate": time.perf_counter() - merged,
             }
             report = RoundReport(
@@ -207,14 +208,69 @@ class SamStrategy(Strategy):
                 seconds=seconds,
             )
             self._on_round(self.state, report)
+        self._merge = None
+        self._spool.empty()
 
-    def _train(self, grid: Grid, current: int, timeout: float) -> Iterable[Message]:
+    def _train(self, grid: Grid, current: int, timeout: float) -> Iterator[Message]:
+        """Replies as they come; a client that fails is asked again while time allows."""
         messages = self.configure_train(current, ArrayRecord(), ConfigRecord(), grid)
-        return grid.send_and_receive(messages, timeout=timeout)
+        self._current.requests = {m.metadata.dst_node_id: m for m in messages}
+
+        def again(reply: Message) -> Message | None:
+            return self._repeated(grid, current, reply)
+
+        return self._exchange.stream(grid, messages, timeout=timeout, again=again)
+
+    def _repeated(self, grid: Grid, current: int, reply: Message) -> Message | None:
+        """The request once more, for a client that failed; None where enough is enough.
+
+        The graph goes out anew, since not knowing it may be what the client failed over.
+        """
+        node = reply.metadata.src_node_id
+        attempt = self._current.attempts.get(node, 0) + 1
+        if not reply.has_error() or attempt > self.settings.federation.retries:
+            return None
+        client = self._current.nodes[node]
+        why = error_refusal(client, reply).detail.splitlines()[0]
+        log.info("round %d: client %d is asked again: %s", current, client, why)
+        self._current.attempts[node] = attempt
+        self._known_version.pop(node, None)
+        sent = request_from_record(self._current.requests[node].content)
+        request = replace(sent, graph=self._graph_for(node))
+        content = request_to_record(request)
+        content[ATTEMPT] = ConfigRecord({"number": attempt})
+        self._current.bytes_down_all += request_bytes(request)
+        return message_to(grid, node, content, MessageType.TRAIN, str(current))
 
     def enrol(self, grid: Grid) -> None:
-        """Wait for the run's clients, see :func:`enrol_clients`."""
-        self._clients = enrol_clients(grid, self.settings.federation.clients)
+        """Wait for the run's clients but those in quarantine, see `enrol_clients`."""
+        away = quarantined(self._hostile, self.settings.federation.quarantine)
+        wanted = self.settings.federation.clients
+        self._clients = enrol_clients(grid, wanted, without=away)
+        self._known_version = {
+            node: self._recalled[client]
+            for node, client in self._clients.items()
+            if client in self._recalled
+        }
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """What is known of clients, by client, for a checkpoint.
+
+        ``graph``: versions that clients hold; ``hostile``: refused replies of a hostile
+        kind.
+        """
+        known = {
+            str(client): self._known_version[node]
+            for node, client in self._clients.items()
+            if node in self._known_version
+        }
+        hostile = {str(client): count for client, count in self._hostile.items()}
+        return {"graph": known, "hostile": dict(sorted(hostile.items()))}
+
+    def recall(self, memory: Mapping[str, Mapping[str, int]]) -> None:
+        """Take up what an earlier start's :meth:`memory` was, before :meth:`start`."""
+        self._recalled = {int(k): v for k, v in memory.get("graph", {}).items()}
+        self._hostile = {int(k): v for k, v in memory.get("hostile", {}).items()}
 
     def fit_siblings(self, grid: Grid) -> None:
         """Ask how often tokens occur in the clients' text, and fit the siblings' gate.
@@ -285,13 +341,16 @@ class SamStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[None, MetricRecord]:
-        """Validate a round's replies and merge the good ones into the state.
+        """Validate a round's replies as they come and merge the good ones.
 
         Raises:
             TooFewReplies: fewer are valid than ``federation.min_replies``; the state is
                 unchanged.
         """
+        self._spool.empty()
         valid, refusals = self._sort_replies(replies)
+        self._trained = time.perf_counter()
+        self._quarantine(server_round, refusals)
         needed = self.settings.federation.min_replies
         if len(valid) < needed:
             # Clients read the state before this round again when it is tried again.
@@ -336,19 +395,10 @@ class SamStrategy(Strategy):
         A score counts for a domain of the settings, with as many tokens as the windows
         hold at most, once for every node that was asked.
         """
-        answered = list(replies)
-        for message in answered:
-            if message.has_error():
-                log.warning(
-                    "round %d: node %d has not scored its held-out text: %s",
-                    server_round,
-                    message.metadata.src_node_id,
-                    first_line(message),
-                )
         federation = self.settings.federation
         length = self.settings.train.sequence_length
         self._scores = sum_scores(
-            answered,
+            reported_scores(server_round, replies),
             nodes=set(self._clients),
             domains={parse_domain(spec)[0] for spec in self.settings.data.domains},
             most_tokens=federation.eval_windows * (length - 1),
@@ -359,7 +409,7 @@ class SamStrategy(Strategy):
 
     def _evaluate(self, grid: Grid, current: int, timeout: float) -> dict[str, Score]:
         messages = self.configure_evaluate(current, ArrayRecord(), ConfigRecord(), grid)
-        replies = grid.send_and_receive(messages, timeout=timeout)
+        replies = self._exchange.stream(grid, messages, timeout=timeout)
         self.aggregate_evaluate(current, replies)
         return self._scores
 
@@ -390,7 +440,7 @@ class SamStrategy(Strategy):
     def _sort_replies(
         self, replies: Iterable[Message]
     ) -> tuple[list[ValidReply], list[Refusal]]:
-        """Validate every reply; name every client that failed or stayed silent."""
+        """Validate replies one by one; name each client that failed or stayed silent."""
         silent = dict(self._current.nodes)
         valid: list[ValidReply] = []
         refusals: list[Refusal] = []
@@ -399,17 +449,14 @@ class SamStrategy(Strategy):
             client = silent.pop(node, None)
             if client is None and node in self._current.nodes:
                 detail = "this client had already replied; its first reply counts"
-                refusals.append(
-                    _refusal(self._current.nodes[node], "duplicate", detail)
-                )
+                refusals.append(refusal(self._current.nodes[node], "duplicate", detail))
                 continue
             if client is None:
-                refusals.append(_refusal(-1, "unasked", f"node {node} was not asked"))
+                refusals.append(refusal(-1, "unasked", f"node {node} was not asked"))
                 continue
             self._known_version.pop(node, None)
             if message.has_error():
-                reason = message.error.reason or "the client gave no reason"
-                refusals.append(_refusal(client, "client_error", reason))
+                refusals.append(error_refusal(client, message))
                 continue
             try:
                 reply = reply_from_record(message.content)
@@ -423,105 +470,40 @@ class SamStrategy(Strategy):
                 )
             except FrameError as error:
                 detail = str(error).removesuffix(f" [{error.reason}]")
-                refusals.append(_refusal(client, error.reason, detail))
+                refusals.append(refusal(client, error.reason, detail))
                 continue
             self._known_version[node] = reply.graph_version
             if self.state.round == 0:
                 sent = self.gate_bytes.get(client, 0)
                 checked = replace(checked, bytes_up=checked.bytes_up + sent)
-            valid.append(checked)
+            valid.append(self._spool.keep(checked))
         for node, client in silent.items():
             self._known_version.pop(node, None)
-            refusals.append(_refusal(client, "no_reply", "no reply in time"))
+            refusals.append(refusal(client, "no_reply", "no reply in time"))
+        for late in self._exchange.take_late():
+            client = self._clients.get(late.metadata.dst_node_id, -1)
+            detail = (
+                f"a reply to round {late.metadata.group_id} came after its deadline"
+            )
+            refusals.append(refusal(client, "late", detail))
         return valid, refusals
 
-
-def is_scored(settings: Settings, round: int) -> bool:
-    """Whether held-out text is scored after a round."""
-    federation = settings.federation
-    return round % federation.eval_every == 0 or round == federation.rounds
-
-
-def enrol_clients(grid: Grid, wanted: int) -> dict[int, int]:
-    """Wait for a run's clients and learn which node is which client.
-
-    Returns:
-        {node id: client}, by node.
-
-    Raises:
-        FederationError: too few nodes, or two nodes claim the same client.
-    """
-    deadline = time.monotonic() + ENROL_SECONDS
-    while len(nodes := sorted(grid.get_node_ids())) < wanted:
-        if time.monotonic() > deadline:
-            raise FederationError(
-                f"{len(nodes)} of {wanted} clients are connected after "
-                f"{ENROL_SECONDS:g} s; start the missing ones or lower "
-                "federation.clients"
-            )
-        time.sleep(0.5)
-    messages = [
-        message_to(grid, node, RecordDict(), MessageType.QUERY, "enrol")
-        for node in nodes
-    ]
-    clients: dict[int, int] = {}
-    failures: list[str] = []
-    for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
-        client = _client_of(reply)
-        if client is None:
-            failures.append(first_line(reply))
-            continue
-        if client in clients.values():
-            raise FederationError(
-                f"two nodes hold client {client}; give each its own partition-id"
-            )
-        clients[reply.metadata.src_node_id] = client
-    missing = sorted(set(range(wanted)) - set(clients.values()))
-    if missing:
-        raise FederationError(
-            f"clients {missing} are not there ({'; '.join(failures) or 'no answer'}); "
-            "check that each node has its own partition-id and its shard"
-        )
-    return {n: c for n, c in sorted(clients.items()) if 0 <= c < wanted}
-
-
-def sample_nodes(
-    clients: Mapping[int, int], count: int, seed: int, server_round: int
-) -> dict[int, int]:
-    """A round's clients, which depend on seed and round alone.
-
-    Args:
-        clients: {node id: client} of the run.
-        count: how many to take.
-        seed: of the run.
-        server_round: from 1.
-    """
-    by_client = {client: node for node, client in clients.items()}
-    generator = np.random.default_rng([seed, server_round])
-    chosen = generator.choice(sorted(by_client), size=count, replace=False)
-    return {by_client[int(client)]: int(client) for client in sorted(chosen)}
-
-
-def _refusal(client: int, reason: str, detail: str) -> Refusal:
-    """A refusal whose text cannot flood a log or steer a terminal."""
-    shown = detail[:LONGEST_DETAIL].strip() or "no detail"
-    clean = "".join(c if c.isprintable() or c == "\n" else "?" for c in shown)
-    return Refusal(client=client, reason=reason, detail=clean)
-
-
-def first_line(reply: Message) -> str:
-    """Why a reply is none, in one line."""
-    if not reply.has_error():
-        return f"node {reply.metadata.src_node_id} names no client"
-    return _refusal(-1, "client_error", reply.error.reason or "").detail.splitlines()[0]
-
-
-def _client_of(reply: Message) -> int | None:
-    """The client that an enrolment reply names; None where it names none."""
-    if reply.has_error() or "metrics" not in reply.content:
-        return None
-    client = reply.content["metrics"].get("client")
-    return client if type(client) is int else None
+    def _quarantine(self, server_round: int, refusals: Sequence[Refusal]) -> None:
+        """Ask clients no more that have sent too many replies of a hostile kind."""
+        self._hostile = count_hostile(self._hostile, refusals)
+        limit = self.settings.federation.quarantine
+        away = quarantined(self._hostile, limit)
+        for node, client in list(self._clients.items()):
+            if client in away:
+                del self._clients[node]
+                log.warning(
+                    "round %d: client %d has had %d hostile replies refused and is asked "
+                    "no more (federation.quarantine = %d)",
+                    server_round,
+                    client,
+                    self._hostile[client],
+                    limit,
+                )
 
 
 def request_bytes(request: RoundRequest) -> int:
@@ -532,49 +514,4 @@ def request_bytes(request: RoundRequest) -> int:
         + len(graph.full or b"")
         + len(edits_to_json(graph.edits))
         + 3 * 8
-    )
-
-
-def sum_scores(
-    replies: Iterable[Message],
-    *,
-    nodes: Container[int],
-    domains: Container[str],
-    most_tokens: int,
-) -> dict[str, Score]:
-    """Scores by domain, summed in node order so that the bits repeat.
-
-    Args:
-        replies: untrusted answers to an evaluation.
-        nodes: nodes that were asked; the first reply of each counts.
-        domains: names that may be scored.
-        most_tokens: tokens of a domain that one client can have scored.
-    """
-    first: dict[int, Message] = {}
-    for message in replies:
-        node = message.metadata.src_node_id
-        if message.has_content() and node in nodes:
-            first.setdefault(node, message)
-    scores: dict[str, Score] = {}
-    for _, message in sorted(first.items()):
-        metrics = message.content.get("metrics") or {}
-        for key in sorted(metrics):
-            prefix, _, domain = key.partition(".")
-            nll, tokens = metrics[key], metrics.get(f"tokens.{domain}")
-            if (
-                prefix == "nll"
-                and domain in domains
-                and _plausible(nll, tokens, most_tokens)
-            ):
-                found = Score(nll=float(nll), tokens=tokens)
-                scores[domain] = scores.get(domain, Score(nll=0.0, tokens=0)) + found
-    return dict(sorted(scores.items()))
-
-
-def _plausible(nll: object, tokens: object, most_tokens: int) -> bool:
-    return (
-        type(tokens) is int
-        and 0 < tokens <= most_tokens
-        and type(nll) is float
-        and 0 <= nll <= LARGEST_LOSS * tokens
     )
