@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from samv2.common.errors import FrameError
 from samv2.federated.grid import Again, EmbeddedGrid
 from samv2.federated.refusals import refusal
+from samv2.federated.server_merge import Refusal, ValidReply
 from samv2.federated.workers import LATE, NO_REPLY, UNREADABLE, failed
 
 log = logging.getLogger(__name__)
@@ -30,17 +32,29 @@ class Exchange:
     """Sends messages and yields replies; remembers which never came.
 
     A reply that comes after its deadline is dropped. On Flower's grids it shows in a
-    later exchange, see :meth:`take_late`.
+    later exchange, see :meth:`late_refusals`.
     """
 
     def __init__(self) -> None:
         self._overdue: dict[str, Message] = {}
         self._late: list[Message] = []
 
-    def take_late(self) -> list[Message]:
-        """Training requests whose replies came late, since this was last asked."""
-        found, self._late = self._late, []
-        return [item for item in found if item.metadata.message_type == "train"]
+    def late_refusals(self, clients: Mapping[int, int]) -> list[Refusal]:
+        """Of training replies that came after their deadline, since last asked.
+
+        Args:
+            clients: {node id: client}.
+        """
+        late, self._late = self._late, []
+        return [
+            refusal(
+                clients.get(item.metadata.dst_node_id, -1),
+                "late",
+                f"a reply to round {item.metadata.group_id} came after its deadline",
+            )
+            for item in late
+            if item.metadata.message_type == MessageType.TRAIN
+        ]
 
     def stream(
         self,
@@ -123,13 +137,49 @@ def _pull(grid: Grid, number: str, asked: Message) -> Message | None:
         return failed(asked, detail, UNREADABLE)
     if not found:
         return None
-    if found[0].has_error():
-        error = found[0].error
-        return Message(error, reply_to=asked)
-    return Message(found[0].content, reply_to=asked)
+    if found[0].has_content():
+        return Message(found[0].content, reply_to=asked)
+    return Message(found[0].error, reply_to=asked)
 
 
-def error_refusal(client: int, message: Message) -> Any:
+def sort_replies(
+    replies: Iterable[Message],
+    nodes: Mapping[int, int],
+    check: Callable[[int, Message], ValidReply],
+) -> tuple[list[ValidReply], list[Refusal]]:
+    """Check replies one by one; name each client that failed or stayed silent.
+
+    Args:
+        replies: untrusted, in any order.
+        nodes: {node id: client} of those asked; the first reply of each counts.
+        check: (client, reply) to what is valid; raises FrameError for what is not.
+    """
+    silent = dict(nodes)
+    valid: list[ValidReply] = []
+    refusals: list[Refusal] = []
+    for message in replies:
+        node = message.metadata.src_node_id
+        client = silent.pop(node, None)
+        if node not in nodes:
+            refusals.append(refusal(-1, "unasked", f"node {node} was not asked"))
+        elif client is None:
+            detail = "this client had already replied; its first reply counts"
+            refusals.append(refusal(nodes[node], "duplicate", detail))
+        elif message.has_error():
+            refusals.append(error_refusal(client, message))
+        else:
+            try:
+                valid.append(check(client, message))
+            except FrameError as error:
+                detail = str(error).removesuffix(f" [{error.reason}]")
+                refusals.append(refusal(client, error.reason, detail))
+    refusals += [
+        refusal(client, "no_reply", "no reply in time") for client in silent.values()
+    ]
+    return valid, refusals
+
+
+def error_refusal(client: int, message: Message) -> Refusal:
     """The refusal that an error message amounts to."""
     reason = REASONS.get(message.error.code, "client_error")
     return refusal(client, reason, message.error.reason or "the client gave no reason")

@@ -38,6 +38,7 @@ from samv2.federated.exchange import (
     Exchange,
     error_refusal,
     reported_scores,
+    sort_replies,
 )
 from samv2.federated.grid import (
     counts_from_record,
@@ -51,7 +52,6 @@ from samv2.federated.refusals import (
     TooFewReplies,
     count_hostile,
     quarantined,
-    refusal,
 )
 from samv2.federated.rehearsal import ATTEMPT
 from samv2.federated.scores import is_scored, sum_scores
@@ -348,15 +348,20 @@ class SamStrategy(Strategy):
                 unchanged.
         """
         self._spool.empty()
-        valid, refusals = self._sort_replies(replies)
+        nodes = self._current.nodes
+        valid, refusals = sort_replies(replies, nodes, self._checked)
+        refusals += self._exchange.late_refusals(self._clients)
         self._trained = time.perf_counter()
         self._quarantine(server_round, refusals)
+        for node in nodes:
+            self._known_version.pop(node, None)
         needed = self.settings.federation.min_replies
         if len(valid) < needed:
-            # Clients read the state before this round again when it is tried again.
-            for node in self._current.nodes:
-                self._known_version.pop(node, None)
             raise TooFewReplies(server_round, len(valid), needed, refusals)
+        replied = {reply.contribution.client for reply in valid}
+        for node, client in nodes.items():
+            if client in replied:
+                self._known_version[node] = self.state.graph.version
         self.state, self._merge = server_merge(
             self.state,
             valid,
@@ -437,56 +442,24 @@ class SamStrategy(Strategy):
         share = (server_round - 1) / (rounds - 1) if rounds > 1 else 0.0
         return first + (last - first) * min(share, 1.0)
 
-    def _sort_replies(
-        self, replies: Iterable[Message]
-    ) -> tuple[list[ValidReply], list[Refusal]]:
-        """Validate replies one by one; name each client that failed or stayed silent."""
-        silent = dict(self._current.nodes)
-        valid: list[ValidReply] = []
-        refusals: list[Refusal] = []
-        for message in replies:
-            node = message.metadata.src_node_id
-            client = silent.pop(node, None)
-            if client is None and node in self._current.nodes:
-                detail = "this client had already replied; its first reply counts"
-                refusals.append(refusal(self._current.nodes[node], "duplicate", detail))
-                continue
-            if client is None:
-                refusals.append(refusal(-1, "unasked", f"node {node} was not asked"))
-                continue
-            self._known_version.pop(node, None)
-            if message.has_error():
-                refusals.append(error_refusal(client, message))
-                continue
-            try:
-                reply = reply_from_record(message.content)
-                checked = validate_reply(
-                    reply,
-                    client,
-                    self.state,
-                    self.manifest,
-                    self.settings,
-                    visits=self.visits,
-                )
-            except FrameError as error:
-                detail = str(error).removesuffix(f" [{error.reason}]")
-                refusals.append(refusal(client, error.reason, detail))
-                continue
-            self._known_version[node] = reply.graph_version
-            if self.state.round == 0:
-                sent = self.gate_bytes.get(client, 0)
-                checked = replace(checked, bytes_up=checked.bytes_up + sent)
-            valid.append(self._spool.keep(checked))
-        for node, client in silent.items():
-            self._known_version.pop(node, None)
-            refusals.append(refusal(client, "no_reply", "no reply in time"))
-        for late in self._exchange.take_late():
-            client = self._clients.get(late.metadata.dst_node_id, -1)
-            detail = (
-                f"a reply to round {late.metadata.group_id} came after its deadline"
-            )
-            refusals.append(refusal(client, "late", detail))
-        return valid, refusals
+    def _checked(self, client: int, message: Message) -> ValidReply:
+        """One reply, validated and spooled.
+
+        Raises:
+            FrameError: it is refused.
+        """
+        checked = validate_reply(
+            reply_from_record(message.content),
+            client,
+            self.state,
+            self.manifest,
+            self.settings,
+            visits=self.visits,
+        )
+        if self.state.round == 0:
+            sent = self.gate_bytes.get(client, 0)
+            checked = replace(checked, bytes_up=checked.bytes_up + sent)
+        return self._spool.keep(checked)
 
     def _quarantine(self, server_round: int, refusals: Sequence[Refusal]) -> None:
         """Ask clients no more that have sent too many replies of a hostile kind."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 
+from samv2.federated.grid import FRAME_STYPE
+from samv2.federated.refusals import TooFewReplies
+from samv2.federated.rehearsal_mod import npy_bomb, npz_bomb
 from samv2.federated.run_logs import metrics_row
 from samv2.federated.usage import pack_usage
 from samv2.updates.packing import Manifest, pack
@@ -34,6 +40,15 @@ pytestmark = pytest.mark.hostile
 
 SMALLER = Manifest.of({key: torch.zeros(5) for key in range(9)})
 FEWER = Manifest.of({0: torch.zeros(6)})
+SINGLE = Manifest.of({key: torch.zeros(1) for key in range(9)})
+PICKLED = pickle.dumps(np.array([{"an": "object"}], dtype=object)) + bytes(100)
+
+
+def foreign(data: bytes) -> Callable[[dict[str, Array]], None]:
+    """Numpy's bytes where a frame belongs."""
+    array = Array(dtype="float32", shape=(1,), stype="numpy.ndarray", data=data)
+    return lambda held: held.update(update=array)
+
 
 ATTACKS: dict[str, tuple[Tamper, str]] = {
     "truncated frame": (altered(update=honest_frame()[:-3]), "frame_length"),
@@ -80,6 +95,16 @@ ATTACKS: dict[str, tuple[Tamper, str]] = {
     "missing update": (arrays(lambda held: held.pop("update")), "reply_shape"),
     "missing usage": (arrays(lambda held: held.pop("usage")), "reply_shape"),
     "wrong stype": (arrays(lambda held: held.update(update=FOREIGN)), "reply_shape"),
+    "header bomb": (arrays(foreign(npy_bomb())), "reply_shape"),
+    "zip bomb": (arrays(foreign(npz_bomb())), "reply_shape"),
+    "pickled array": (arrays(foreign(PICKLED)), "reply_shape"),
+    "header bomb as frame": (altered(update=npy_bomb()), "magic"),
+    "zip bomb as frame": (altered(update=npz_bomb()[:4000]), "magic"),
+    "pickle as frame": (altered(update=PICKLED), "magic"),
+    "broadcast shape": (
+        altered(update=pack({0: torch.ones(1)}, SINGLE, round=1)),
+        "fingerprint",
+    ),
     "numbers as payload": (
         of_kind("payload", MetricRecord({"update": 1})),
         "reply_shape",
@@ -164,3 +189,65 @@ def test_huge_example_counts_are_capped(tmp_path: Path) -> None:
     many.run(altered(examples=2**62))
     assert many.refused() == []
     assert_same_bits(few.tensors(), many.tensors())
+
+
+def test_all_hostile_at_once_fail_the_round_and_change_nothing(tmp_path: Path) -> None:
+    federation = Federation(tmp_path)
+    federation.grid.attackers = tuple(range(CLIENTS))
+    with pytest.raises(TooFewReplies, match=r"round 1 had 0 valid.*\[nonfinite\]"):
+        federation.run(altered(update=huge(torch.full((6,), torch.nan))))
+    assert federation.strategy.state is federation.states[0]
+    assert not (tmp_path / "merge_round1.json").exists()
+
+
+def test_no_client_with_examples_is_too_few_replies(tmp_path: Path) -> None:
+    federation = Federation(tmp_path)
+    federation.grid.attackers = tuple(range(CLIENTS))
+    with pytest.raises(TooFewReplies, match=r"\[examples\]"):
+        federation.run(altered(examples=0))
+    assert federation.strategy.state is federation.states[0]
+
+
+def test_a_declared_shape_is_not_believed(tmp_path: Path) -> None:
+    """The bytes are read by the frame's own length; the array's shape says nothing."""
+    honest, other = Federation(tmp_path / "a"), Federation(tmp_path / "b")
+    honest.run()
+
+    def lies(held: dict[str, Array]) -> None:
+        data = held["update"].data
+        held["update"] = Array("uint8", (10**10,), FRAME_STYPE, data)
+
+    other.run(arrays(lies))
+    assert other.refused() == []
+    assert_same_bits(honest.tensors(), other.tensors())
+
+
+def test_a_hostile_client_is_put_in_quarantine(tmp_path: Path) -> None:
+    federation = Federation(
+        tmp_path, "federation.rounds=5", "federation.quarantine=2", "edits.rho_max=0"
+    )
+    federation.run(altered(examples=0), rounds=(1, 3))
+    found = [bool(federation.refused(number)) for number in range(1, 6)]
+    assert found == [True, False, True, False, False]
+    asked = [number for number, client, _ in federation.masks if client == ATTACKER]
+    assert asked == [1, 2, 3]
+    assert federation.strategy.memory()["hostile"] == {str(ATTACKER): 2}
+    again = Federation(tmp_path / "again", "federation.quarantine=2")
+    again.strategy.recall(federation.strategy.memory())
+    again.run()
+    assert {client for _, client, _ in again.masks} == {0, 2}
+
+
+def test_errors_and_silence_are_not_hostile(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, "federation.rounds=3", "federation.quarantine=1")
+    federation.run(failure("ValueError: no memory"), rounds=(1, 2))
+    assert [bool(federation.refused(n)) for n in (1, 2, 3)] == [True, True, False]
+    assert federation.strategy.memory()["hostile"] == {}
+
+
+def test_everybody_in_quarantine_ends_the_run_cleanly(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, "federation.quarantine=1")
+    federation.grid.attackers = tuple(range(CLIENTS))
+    with pytest.raises(TooFewReplies, match="had 0 valid replies"):
+        federation.run(altered(tokens=0))
+    assert federation.grid.asked == CLIENTS
