@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from samv2.common.config import load_settings, to_flat, to_toml
 from samv2.common.errors import CheckpointError, ConfigError
-from samv2.common.files import write_bytes
+from samv2.common.files import sweep, write_bytes
 from samv2.common.settings import Settings
 from samv2.federated.checkpoint import latest_checkpoint, load_checkpoint
 from samv2.models.expert_model import ExpertModel
@@ -141,6 +141,7 @@ def open_run(
     used = run.config.exists() and _has_results(run)
     if used and resume:
         _check_same(run, settings)
+        _sweep(run)
     elif used and not overwrite:
         raise CheckpointError(
             f"{run.root} already holds a run; continue it with --resume, replace it "
@@ -268,6 +269,14 @@ def _is_plain(folder: Path) -> bool:
 
 def _has_results(run: RunFolder) -> bool:
     return run.prepared.exists() or latest_checkpoint(run.checkpoints) is not None
+
+
+def _sweep(run: RunFolder) -> None:
+    """Remove what a killed server left half written; clients' folders are theirs."""
+    known = {*_OWN_FILES, *_OWN_FOLDERS}
+    sweep(run.root, lambda name: name in known or bool(_MERGE.fullmatch(name)))
+    for folder in (run.checkpoints, run.root / "frames"):
+        sweep(folder)
 
 
 def _refuse_foreign(run: RunFolder) -> None:

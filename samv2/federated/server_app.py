@@ -21,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from samv2.common.config import to_flat
-from samv2.common.files import write_json
+from samv2.common.files import sweep, write_json
 from samv2.common.settings import Settings
 from samv2.common.telemetry import MetricsLog, read_metrics
 from samv2.federated.checkpoint import (
@@ -84,6 +84,8 @@ def run_embedded(
         SamError: with everything up to the last completed round on disk.
     """
     run = open_run(root, settings, resume=resume, overwrite=overwrite)
+    for states in run.states.glob("client_*"):
+        sweep(states)
     prepared = prepare(run, settings, console)
     place = client_place(run, settings)
     configs = [{"client": index} for index in range(settings.federation.clients)]
