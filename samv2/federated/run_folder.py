@@ -14,7 +14,7 @@ from samv2.common.config import load_settings, to_flat, to_toml
 from samv2.common.errors import CheckpointError, ConfigError
 from samv2.common.files import sweep, write_bytes
 from samv2.common.settings import Settings
-from samv2.federated.checkpoint import latest_checkpoint, load_checkpoint
+from samv2.federated.checkpoint import drop_old, latest_checkpoint, load_checkpoint
 from samv2.models.expert_model import ExpertModel
 from samv2.models.save import (
     expert_fingerprint,
@@ -277,6 +277,7 @@ def _sweep(run: RunFolder) -> None:
     sweep(run.root, lambda name: name in known or bool(_MERGE.fullmatch(name)))
     for folder in (run.checkpoints, run.root / "frames"):
         sweep(folder)
+    drop_old(run.checkpoints)
 
 
 def _refuse_foreign(run: RunFolder) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import random
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from samv2.federated.checkpoint import latest_checkpoint, load_checkpoint
 from samv2.federated.exchange import reported_scores
 from samv2.federated.grid import FIRST_NODE, EmbeddedGrid
 from samv2.federated.refusals import TooFewReplies
+from samv2.federated.rehearsal import ATTEMPT
 from samv2.federated.run_logs import metrics_row
 from tests.federated.runs import assert_same_bits
 from tests.federated.toy_federation import (
@@ -146,3 +149,100 @@ def test_the_first_score_of_every_node_counts() -> None:
     found = reported_scores(1, replies)
     assert found.pop(103).keys() == {"nll.python"}
     assert found == {102: {"nll.python": 1.0}, 100: {"nll.python": 2.0}, 101: {}}
+
+
+def broken(*attempts: int) -> Tamper:
+    """Errors at these attempts (from 0) of every request, honest at others."""
+
+    def tamper(request: Message, reply: Message) -> list[Message]:
+        content = request.content
+        attempt = int(content[ATTEMPT]["number"]) if ATTEMPT in content else 0
+        if attempt in attempts:
+            return failure("RuntimeError: out of memory")(request, reply)
+        return [reply]
+
+    return tamper
+
+
+@pytest.mark.faults
+def test_a_client_that_failed_is_asked_again_within_its_round(tmp_path: Path) -> None:
+    options = ("federation.rounds=3", "federation.retries=2")
+    honest = Federation(tmp_path / "a", *options)
+    honest.run()
+    federation = Federation(tmp_path / "b", *options)
+    federation.run(broken(0, 1), rounds=(2,))
+    assert federation.grid.asked == honest.grid.asked + 2
+    assert federation.refused(2) == []
+    assert_same_bits(federation.tensors(), honest.tensors())
+    before, after = metrics_row(honest.reports[1]), metrics_row(federation.reports[1])
+    assert after["bytes_down"] > before["bytes_down"]
+    assert after["bytes_down_per_client"] == before["bytes_down_per_client"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_client_that_fails_once_too_often_is_refused(
+    tmp_path: Path, retries: int
+) -> None:
+    federation = Federation(tmp_path, f"federation.retries={retries}")
+    federation.run(broken(*range(retries + 1)))
+    (item,) = federation.refused()
+    assert (item["client"], item["reason"]) == (1, "client_error")
+    assert federation.grid.asked == CLIENTS + retries
+
+
+@pytest.mark.faults
+def test_a_client_that_lost_its_disk_gets_the_graph_when_asked_again(
+    tmp_path: Path,
+) -> None:
+    federation = Federation(tmp_path, "federation.rounds=3")
+    federation.run(
+        lambda request, reply: shutil.rmtree(tmp_path / "clients" / "client_1")
+        or [reply],
+        rounds=(2,),
+    )
+    assert federation.grid.asked == 3 * CLIENTS + 1
+    assert [federation.refused(number) for number in (1, 2, 3)] == [[], [], []]
+
+
+def test_what_is_known_of_clients_goes_on_after_a_resume(tmp_path: Path) -> None:
+    whole = Federation(tmp_path / "a", "federation.rounds=4")
+    whole.run()
+    first = Federation(tmp_path / "b", "federation.rounds=4")
+    first.strategy.start(first.grid, num_rounds=2)
+    second = Federation(tmp_path / "b", "federation.rounds=4")
+    second.strategy.state = first.states[-1]
+    second.strategy.recall(json.loads(json.dumps(first.strategy.memory())))
+    second.run()
+    rows = [metrics_row(item) for item in first.reports + second.reports]
+    sent = [row["bytes_down"] for row in rows]
+    assert sent == [metrics_row(item)["bytes_down"] for item in whole.reports]
+    assert_same_bits(second.tensors(), whole.tensors())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_arrival_changes_no_bit(tmp_path: Path, seed: int) -> None:
+    options = ("federation.rounds=3", "aggregation.rule=mean")
+    ordered = Federation(tmp_path / "a", *options, clients=12)
+    ordered.run()
+    shuffled = Federation(tmp_path / "b", *options, clients=12)
+    draws = random.Random(seed)
+    shuffled.grid.order = lambda items: draws.sample(items, len(items))
+    shuffled.run()
+    assert [c for _, c, _ in shuffled.masks] != [c for _, c, _ in ordered.masks]
+    assert_same_bits(shuffled.tensors(), ordered.tensors())
+    for number in (1, 2, 3):
+        name = f"merge_round{number}.json"
+        assert (tmp_path / "b" / name).read_text() == (
+            tmp_path / "a" / name
+        ).read_text()
+
+
+@pytest.mark.faults
+def test_fifty_clients_some_of_which_fail(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, "federation.rounds=2", clients=50)
+    federation.grid.attackers = tuple(range(0, 50, 7))
+    federation.run(broken(0, 1), rounds=(1, 2))
+    assert len(federation.refused(2)) == 8
+    assert federation.grid.asked == 2 * (50 + 8)
+    assert not (tmp_path / "spool").exists()
