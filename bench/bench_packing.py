@@ -253,7 +253,7 @@ def test_adapters(kind: str, found: Found, hold: Callable[[str | None], None]) -
     best = fastest(
         {"aggregate": lambda: aggregate(items, manifest, round=ROUND)}, least=2
     )
-    size = sum(len(item.frame) for item in items) / CLIENTS
+    size = sum(len(item.read()) for item in items) / CLIENTS
     figure = Figure(
         name=f"{kind} ({size / 1000:.0f} kB each)",
         value=best["aggregate"],

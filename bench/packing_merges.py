@@ -139,7 +139,7 @@ def _contribution(kind: str, client: int, source: Tensor) -> Contribution:
         update = dict(zip(chosen, parts))
     return Contribution(
         client=client,
-        frame=pack(update, adapter_manifest(), round=ROUND, codec=FEDERATION.codec),
+        data=pack(update, adapter_manifest(), round=ROUND, codec=FEDERATION.codec),
         weight=float(rng.integers(1, 100)),
         expert_ids=tuple(update),
     )
@@ -160,7 +160,7 @@ def expected_mean(items: Sequence[Contribution]) -> dict[int, Tensor]:
     sums: dict[int, Tensor] = {}
     weights: dict[int, float] = {}
     for item in items:
-        for id_, value in unpack(item.frame, adapter_manifest(), round=ROUND).items():
+        for id_, value in unpack(item.read(), adapter_manifest(), round=ROUND).items():
             sums[id_] = sums.get(id_, 0) + item.weight * value.double()
             weights[id_] = weights.get(id_, 0) + item.weight
     return {id_: value / weights[id_] for id_, value in sums.items()}

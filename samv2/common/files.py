@@ -57,8 +57,11 @@ def _swap(made: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file by ``data``, flushed to disk before it takes the name."""
+def write_bytes(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Replace a file by ``data``, flushed to disk before it takes the name.
+
+    ``mode`` is the file's permissions; nobody has more at any moment.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -67,7 +70,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
+        os.chmod(name, mode)
         os.replace(name, path)
         flush(path.parent)
     except BaseException:

@@ -214,7 +214,8 @@ class EditSettings:
     vote_cap: float = 1.0
     """Most of a layer's counts that one client may hold, as a share; 1: no cap."""
     min_voters: int = 1
-    """Clients of a round that must have wanted an edge before it is promoted."""
+    """Clients of a round that must have wanted an edge for it to be promoted; 1: no
+    such condition."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +225,7 @@ class AggregationSettings:
     rule: str = "mean"
     """Per expert, over those who sent it: ``mean``, ``trimmed_mean`` or ``median``."""
     trim: float = 0.2
-    """Share of the updates that ``trimmed_mean`` cuts off at each end."""
+    """Share of the updates that ``trimmed_mean`` cuts off at each end, rounded up."""
     quorum: int = 3
     """Updates of an expert below which a robust rule takes the mean of clipped ones."""
     clip_to_median: float = 0.0
@@ -232,7 +233,7 @@ class AggregationSettings:
     optimizer: str = "fedavg"
     """Of the server: ``fedavg`` (adds the change), ``fedavgm`` or ``fedadam``."""
     learning_rate: float = 1.0
-    """The server's."""
+    """The server's; ``fedadam`` wants less, its steps are about as large as this."""
     momentum: float = 0.9
     """Of ``fedavgm`` and ``fedadam``."""
     beta2: float = 0.99

@@ -231,10 +231,38 @@ def _aggregation_faults(settings: Settings) -> Iterator[str]:
         yield f"privacy.clip is {privacy.clip}; use a positive number"
     if not 0 < privacy.delta < 1:
         yield f"privacy.delta is {privacy.delta}; use a number between 0 and 1"
-    if privacy.noise and rules.rule != "mean":
+    if privacy.noise:
+        yield from _privacy_faults(settings)
+
+
+def _privacy_faults(settings: Settings) -> Iterator[str]:
+    """What would publish something of a client that the noise does not cover."""
+    rules, edits, adapter = settings.aggregation, settings.edits, settings.adapter
+    given = f"privacy.noise is {settings.privacy.noise} and"
+    if rules.rule != "mean":
         yield (
-            f"privacy.noise is {privacy.noise} and aggregation.rule {rules.rule!r}; the "
-            "noise is calibrated to a mean: use 'mean'"
+            f"{given} aggregation.rule {rules.rule!r}; the noise is calibrated to a "
+            "mean: use 'mean'"
+        )
+    if rules.clip_to_median:
+        yield (
+            f"{given} aggregation.clip_to_median {rules.clip_to_median}; a median of "
+            "norms depends on all clients: use 0, privacy.clip limits the norm"
+        )
+    if edits.rho_max:
+        yield (
+            f"{given} edits.rho_max {edits.rho_max}; edits follow from usage counts, "
+            "which get no noise: use 0"
+        )
+    if adapter.siblings > 1:
+        yield (
+            f"{given} adapter.siblings {adapter.siblings}; siblings are told apart by "
+            "clients' token counts, which get no noise: use 1"
+        )
+    if not settings.train.train_gate:
+        yield (
+            f"{given} train.train_gate false; the noise would move gates that nobody "
+            "trains: use true"
         )
 
 

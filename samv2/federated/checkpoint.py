@@ -1,6 +1,6 @@
 """Server checkpoints: one folder a round, written whole or not at all.
 
-    checkpoints/round_0003/state.safetensors   blocks, graph and edge memory
+    checkpoints/round_0003/state.safetensors   blocks, moments, graph and edge memory
     checkpoints/round_0003/state.json          round, versions, edits, fingerprints
 
 A folder takes its name only after everything in it is on disk, so the newest folder is
@@ -26,6 +26,7 @@ from samv2.common.files import replace_folder
 from samv2.experts.graph import Edit, ExpertGraph
 from samv2.federated.graph_edits import EdgeMemory
 from samv2.federated.server_merge import ServerState
+from samv2.federated.server_optimizer import Moments
 
 FORMAT = 1
 TENSORS = "state.safetensors"
@@ -66,6 +67,8 @@ def save_checkpoint(
         The checkpoint's folder.
     """
     tensors = {f"block.{key}": value for key, value in state.blocks.items()}
+    tensors |= {f"first.{key}": value for key, value in state.moments.first.items()}
+    tensors |= {f"second.{key}": value for key, value in state.moments.second.items()}
     tensors |= {f"memory.{name}": getattr(state.memory, name) for name in MEMORY}
     tensors["graph.edge_mask_LEE"] = state.graph.edge_mask_LEE
     tensors["graph.order_LE"] = state.graph.order_LE
@@ -75,6 +78,7 @@ def save_checkpoint(
         "graph_version": state.graph.version,
         "memory_rounds": state.memory.rounds,
         "last_edits": [asdict(edit) for edit in state.last_edits],
+        "merged_rounds": {str(k): v for k, v in state.merged_rounds.items()},
         "model_fingerprint": model_fingerprint,
         "extra": extra or {},
     }
@@ -121,14 +125,19 @@ def load_checkpoint(
         graph, memory = _graph_of(facts, tensors)
         state = ServerState(
             round=facts["round"],
-            blocks={
-                int(name.removeprefix("block.")): tensor
-                for name, tensor in sorted(tensors.items(), key=_block_order)
-                if name.startswith("block.")
-            },
+            blocks=_by_expert(tensors, "block."),
             graph=graph,
             memory=memory,
             last_edits=tuple(Edit(**edit) for edit in facts["last_edits"]),
+            moments=Moments(
+                first=_by_expert(tensors, "first."),
+                second=_by_expert(tensors, "second."),
+            ),
+            # Checkpoints of earlier versions have neither.
+            merged_rounds={
+                int(key): int(value)
+                for key, value in facts.get("merged_rounds", {}).items()
+            },
         )
         return state, facts["extra"]
     except _DAMAGE as error:
@@ -150,7 +159,7 @@ def load_graph(path: Path) -> tuple[ExpertGraph, EdgeMemory, dict[str, Any]]:
     try:
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
         with safe_open(path / TENSORS, framework="pt") as stored:
-            names = [name for name in stored.keys() if not name.startswith("block.")]
+            names = [n for n in stored.keys() if n.startswith(("graph.", "memory."))]
             tensors = {name: stored.get_tensor(name) for name in names}
         return *_graph_of(facts, tensors), facts["extra"]
     except _DAMAGE as error:
@@ -174,9 +183,14 @@ def _graph_of(
     return graph, memory
 
 
-def _block_order(item: tuple[str, Any]) -> int:
-    name = item[0]
-    return int(name.removeprefix("block.")) if name.startswith("block.") else -1
+def _by_expert(tensors: Mapping[str, Tensor], prefix: str) -> dict[int, Tensor]:
+    """{expert_id: tensor} of the names that start with a prefix, by rising id."""
+    found = {
+        int(name.removeprefix(prefix)): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    return dict(sorted(found.items()))
 
 
 def _check_model(path: Path, stored: str, current: str) -> None:

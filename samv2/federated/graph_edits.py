@@ -66,6 +66,7 @@ def decide_edits(
     *,
     visits: Sequence[int],
     num_shared: int,
+    voters_LEE: Tensor | None = None,
 ) -> tuple[list[Edit], EdgeMemory]:
     """One round's edits.
 
@@ -76,6 +77,8 @@ def decide_edits(
         settings: thresholds and limits.
         visits: of a token in each layer; none is left with fewer reachable experts.
         num_shared: storage ids below this are always visited, thus always reachable.
+        voters_LEE: (L, E, E) int64, clients of the round that wanted the edge; with
+            ``min_voters`` above 1 no edge is promoted that fewer wanted.
 
     Returns:
         At most ``rho_max`` edits in order of falling urgency (how far past the
@@ -84,7 +87,7 @@ def decide_edits(
     routed_LEE = routed_edges(graph, num_shared)
     memory = _observe(graph, routed_LEE, memory, counts, settings)
     usage_LEE, demand_LEE = _relative(graph, routed_LEE, memory, settings)
-    candidates = _candidates(graph, memory, usage_LEE, demand_LEE, settings)
+    candidates = _candidates(memory, usage_LEE, demand_LEE, voters_LEE, settings)
     mask_LEE = graph.edge_mask_LEE.clone()
     rest_LEE = (memory.rest_LEE - 1).clamp(min=0)
     below_LEE, above_LEE = memory.below_LEE.clone(), memory.above_LEE.clone()
@@ -174,16 +177,19 @@ def _relative(
 
 
 def _candidates(
-    graph: ExpertGraph,
     memory: EdgeMemory,
     usage_LEE: Tensor,
     demand_LEE: Tensor,
+    voters_LEE: Tensor | None,
     settings: EditSettings,
 ) -> list[tuple[float, Edit]]:
     """(urgency, edit) of every edge that has crossed a threshold long enough."""
     rested_LEE = memory.rest_LEE == 0
     pruned = (rested_LEE & (memory.below_LEE >= settings.patience)).nonzero()
-    promoted = (rested_LEE & (memory.above_LEE >= settings.patience)).nonzero()
+    wanted_LEE = rested_LEE & (memory.above_LEE >= settings.patience)
+    if voters_LEE is not None and settings.min_voters > 1:
+        wanted_LEE &= voters_LEE >= settings.min_voters
+    promoted = wanted_LEE.nonzero()
     found = []
     for layer, src, dst in pruned.tolist():
         score = float(usage_LEE[layer, src, dst])

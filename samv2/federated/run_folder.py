@@ -53,6 +53,7 @@ _OWN_FILES = (
     "usage.jsonl",
     "siblings.json",
     "frontier.json",
+    "privacy.key",
 )
 _MERGE = re.compile(r"merge_round\d+\.json")
 

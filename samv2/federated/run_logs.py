@@ -22,6 +22,7 @@ from samv2.models.expert_model import ExpertModel
 from samv2.models.perplexity import Score
 from samv2.updates.packing import Manifest, inspect
 from samv2.updates.sparsify import VALUE_BITS
+from samv2.updates.stored import read_frame
 from samv2_kernels import Walk
 
 USAGE = "usage.jsonl"
@@ -88,7 +89,7 @@ def append_pack_sizes(root: Path, report: MergeReport, manifest: Manifest) -> No
         lines = ["# bytes of updates; dense is float32", " ".join(PACK_COLUMNS)]
     dense_all = sum(4 * manifest.numel(key) for key in manifest.ids)
     for reply in report.replies:
-        info = inspect(reply.contribution.frame)
+        info = inspect(reply.contribution.read())
         dense_sent = sum(4 * tensor.numel for tensor in info.tensors)
         coded = sum(t.numel * VALUE_BITS[t.codec] / 8 for t in info.tensors)
         row = (
@@ -145,8 +146,10 @@ def keep_frames(root: Path, report: MergeReport) -> None:
     for reply in report.replies:
         item = reply.contribution
         name = f"round_{report.round:04d}_client_{item.client:04d}"
-        write_bytes(Path(root) / "frames" / f"{name}.bin", item.frame)
-        write_bytes(Path(root) / "frames" / f"{name}.usage.bin", reply.usage)
+        write_bytes(Path(root) / "frames" / f"{name}.bin", item.read())
+        write_bytes(
+            Path(root) / "frames" / f"{name}.usage.bin", read_frame(reply.usage)
+        )
 
 
 def _round_of(line: str) -> int:

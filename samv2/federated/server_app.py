@@ -36,6 +36,7 @@ from samv2.federated.client_app import (
 )
 from samv2.federated.grid import EmbeddedGrid
 from samv2.federated.prepare import Prepared, prepare
+from samv2.federated.privacy import noise_key
 from samv2.federated.rehearsal import warning as rehearsal_warning
 from samv2.federated.round_table import RoundTable
 from samv2.federated.run_folder import RunFolder, open_run, run_model
@@ -170,6 +171,7 @@ def federate(
             manifest,
             settings,
             visits=prepared.visits,
+            key=noise_key(run.root, settings, resumed=state.round > 0),
             on_start=on_start if start_scores is None else None,
             on_round=on_round,
             spool=Spool(run.spool),

@@ -8,19 +8,24 @@ nothing to broadcast.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from samv2.common.errors import FederationError
 from samv2.common.settings import Settings
 from samv2.experts.graph import Edit, ExpertGraph, apply_edits
 from samv2.federated.graph_edits import EdgeMemory, decide_edits
+from samv2.federated.privacy import count_rounds, epsilon_after, private_mean
+from samv2.federated.server_optimizer import Moments, server_step
 from samv2.federated.siblings import share_update, used_siblings
-from samv2.federated.usage import EdgeCounts, summed
-from samv2.updates.aggregate import Contribution, aggregate
+from samv2.federated.usage import EdgeCounts
+from samv2.federated.votes import sum_votes
+from samv2.updates.aggregate import Aggregated, Contribution, aggregate
 from samv2.updates.packing import Manifest, pack
+from samv2.updates.stored import Stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,10 @@ class ServerState:
     memory: EdgeMemory
     last_edits: tuple[Edit, ...] = ()
     """The batch that led to ``graph.version``."""
+    moments: Moments = field(default_factory=Moments)
+    """Of the server's optimiser."""
+    merged_rounds: dict[int, int] = field(default_factory=dict)
+    """{client: rounds its update was merged in}; counted under privacy only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +51,14 @@ class ValidReply:
     """A reply that passed validation."""
 
     contribution: Contribution
-    counts: EdgeCounts
+    usage: Stored
+    """The frame of its usage counts, or the file it is in."""
+    edge_visits: int
+    """Sum of the usage counts."""
     bytes_up: int
     """All payload bytes of the reply."""
     train_loss: float
     tokens: int
-    usage: bytes = b""
-    """The frame that ``counts`` came in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +83,15 @@ class MergeReport:
     replies: tuple[ValidReply, ...]
     refusals: tuple[Refusal, ...]
     graph_version: int
+    epsilon: float | None = None
+    """What the rounds so far have cost in privacy at most; None without it."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object without NaN."""
         return {
             "round": self.round,
             "graph_version": self.graph_version,
+            "epsilon": self.epsilon,
             "edits": [
                 {
                     "layer": edit.layer,
@@ -97,7 +110,7 @@ class MergeReport:
                     "train_loss": reply.train_loss,
                     "bytes_up": reply.bytes_up,
                     "experts_sent": len(reply.contribution.expert_ids),
-                    "edge_visits": int(reply.counts.usage_LEE.sum()),
+                    "edge_visits": reply.edge_visits,
                 }
                 for reply in self.replies
             },
@@ -144,6 +157,7 @@ def server_merge(
     settings: Settings,
     *,
     visits: Sequence[int] | None = None,
+    key: bytes | None = None,
 ) -> tuple[ServerState, MergeReport]:
     """Aggregate a round's replies and edit the graph.
 
@@ -152,34 +166,42 @@ def server_merge(
         replies: valid replies, in any order.
         refusals: for the report.
         manifest: of the blocks.
-        settings: sections ``experts``, ``federation`` and ``edits`` are used.
+        settings: of the run.
         visits: of a token in each converted layer; None: K everywhere.
+        key: of the noise, see :func:`samv2.federated.privacy.noise_key`; needed where
+            ``privacy.noise`` is not 0.
 
     Returns:
         The state after this round, the same bits for any order of replies.
+
+    Raises:
+        FederationError: privacy is on and there is no key.
     """
     ordered = sorted(replies, key=lambda reply: reply.contribution.client)
-    averaged = aggregate(
-        [reply.contribution for reply in ordered],
-        manifest,
-        round=state.round + 1,
-        normalise=settings.federation.normalise,
-        clip_norm=settings.federation.clip_update_norm,
+    contributions = [reply.contribution for reply in ordered]
+    averaged = _averaged(contributions, state, manifest, settings, key)
+    blocks, moments = server_step(
+        state.blocks,
+        _shared(averaged.mean, state, settings),
+        state.moments,
+        settings.aggregation,
     )
-    mean = _shared(averaged.mean, state, settings)
-    blocks = {
-        key: value + mean[key] if key in mean else value
-        for key, value in state.blocks.items()
-    }
     layers, experts = state.graph.edge_mask_LEE.shape[:2]
-    counts = summed([reply.counts for reply in ordered], layers, experts)
+    votes = sum_votes(
+        [reply.usage for reply in ordered],
+        layers,
+        experts,
+        round=state.round + 1,
+        vote_cap=settings.edits.vote_cap,
+    )
     edits, memory = decide_edits(
         state.graph,
         state.memory,
-        counts,
+        votes.counts,
         settings.edits,
         visits=visits or [settings.experts.experts_per_token] * layers,
         num_shared=settings.experts.num_shared,
+        voters_LEE=votes.voters_LEE,
     )
     graph = state.graph
     if edits:
@@ -191,19 +213,66 @@ def server_merge(
         graph=graph,
         memory=memory,
         last_edits=tuple(edits) if edits else state.last_edits,
+        moments=moments,
+        merged_rounds=(
+            count_rounds(state.merged_rounds, contributions)
+            if settings.privacy.noise
+            else state.merged_rounds
+        ),
     )
     report = MergeReport(
         round=merged.round,
         edits=tuple(edits),
         contributors=averaged.contributors,
-        counts=counts,
+        counts=votes.counts,
         replies=tuple(ordered),
         refusals=tuple(
             sorted(refusals, key=lambda item: (item.client, item.reason, item.detail))
         ),
         graph_version=graph.version,
+        epsilon=_epsilon(merged, settings),
     )
     return merged, report
+
+
+def _averaged(
+    contributions: Sequence[Contribution],
+    state: ServerState,
+    manifest: Manifest,
+    settings: Settings,
+    key: bytes | None,
+) -> Aggregated:
+    if settings.privacy.noise == 0:
+        return aggregate(
+            contributions,
+            manifest,
+            round=state.round + 1,
+            normalise=settings.federation.normalise,
+            clip_norm=settings.federation.clip_update_norm,
+            rules=settings.aggregation,
+        )
+    if key is None:
+        raise FederationError(
+            f"privacy.noise is {settings.privacy.noise}, but the server has no key to "
+            "make the noise from; give server_merge the run's noise_key"
+        )
+    return private_mean(
+        contributions,
+        manifest,
+        settings,
+        round=state.round + 1,
+        key=key,
+        graph=(len(state.graph.order_LE), state.graph.order_LE.shape[1]),
+    )
+
+
+def _epsilon(state: ServerState, settings: Settings) -> float | None:
+    """Of the client whose updates were merged most often."""
+    privacy = settings.privacy
+    if privacy.noise == 0:
+        return None
+    most = max(state.merged_rounds.values(), default=0)
+    return epsilon_after(most, noise=privacy.noise, delta=privacy.delta)
 
 
 def _shared(

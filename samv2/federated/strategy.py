@@ -109,6 +109,7 @@ class SamStrategy(Strategy):
         manifest: of the model's trainable blocks.
         settings: of the run.
         visits: of a token in each converted layer; None: K everywhere.
+        key: of the noise, where privacy is on.
         on_start: called with the held-out scores before the first round of this call.
         on_round: called after every round with the new state and its report; the place
             for checkpoints and logs.
@@ -122,6 +123,7 @@ class SamStrategy(Strategy):
         settings: Settings,
         *,
         visits: Sequence[int] | None = None,
+        key: bytes | None = None,
         on_start: Callable[[dict[str, Score]], None] | None = None,
         on_round: Callable[[ServerState, RoundReport], None] | None = None,
         spool: Spool | None = None,
@@ -130,6 +132,7 @@ class SamStrategy(Strategy):
         self.manifest = manifest
         self.settings = settings
         self.visits = visits
+        self._key = key
         self._on_start = on_start
         self._on_round = on_round
         self._clients: dict[int, int] = {}
@@ -369,6 +372,7 @@ class SamStrategy(Strategy):
             self.manifest,
             self.settings,
             visits=self.visits,
+            key=self._key,
         )
         return None, MetricRecord({"replies": len(valid), "refused": len(refusals)})
 

@@ -118,44 +118,51 @@ def unpack_usage(
             negative, fractional or above ``max_count``, or a layer has more visits than
             its ``max_visits``.
     """
+    values_LW = usage_rows(frame, num_layers, num_experts, round=round)
+    bad_LW = (values_LW != values_LW.round()) | (values_LW < 0)
+    bad_L = (bad_LW | (values_LW > max_count)).any(dim=1)
+    if bool(bad_L.any()):
+        layer = int(bad_L.nonzero()[0])
+        raise FrameError(
+            "usage_range",
+            f"usage counts of layer {layer} must be whole numbers in 0..{max_count}, "
+            f"found {float(values_LW[layer].min()):g}..{float(values_LW[layer].max()):g}",
+        )
+    counts = counts_of(values_LW, num_experts)
+    for layer, visits in enumerate(counts.usage_LEE.sum(dim=(1, 2)).tolist()):
+        if max_visits is not None and visits > max_visits[layer]:
+            raise FrameError(
+                "usage_range",
+                f"layer {layer} counts {visits} visits, its tokens can have made "
+                f"{max_visits[layer]}",
+            )
+    return counts
+
+
+def usage_rows(
+    frame: bytes, num_layers: int, num_experts: int, *, round: int
+) -> Tensor:
+    """(L, 2 P) float32, as a frame has them: per layer P usage, then P demand counts.
+
+    Raises:
+        FrameError: a malformed frame.
+    """
     manifest = usage_manifest(num_layers, num_experts)
-    layers = unpack(frame, manifest, round=round)
-    counts = zero_counts(num_layers, num_experts)
+    values_LW = torch.zeros(num_layers, manifest.shapes[0][0])
+    unpack(frame, manifest, round=round, out=dict(enumerate(values_LW)))
+    return values_LW
+
+
+def counts_of(values_LW: Tensor, num_experts: int) -> EdgeCounts:
+    """Whole numbers, laid out as :func:`usage_rows` has them, as counts of edges."""
+    counts = zero_counts(len(values_LW), num_experts)
     rows, columns = torch.triu_indices(num_experts, num_experts)
-    for layer, values in layers.items():
-        whole = values.round()
-        if (
-            not torch.equal(whole, values)
-            or values.min() < 0
-            or values.max() > max_count
-        ):
-            raise FrameError(
-                "usage_range",
-                f"usage counts of layer {layer} must be whole numbers in 0..{max_count}, "
-                f"found {float(values.min()):g}..{float(values.max()):g}",
-            )
-        usage_P, demand_P = whole.long().chunk(2)
-        if max_visits is not None and int(usage_P.sum()) > max_visits[layer]:
-            raise FrameError(
-                "usage_range",
-                f"layer {layer} counts {int(usage_P.sum())} visits, its tokens can have "
-                f"made {max_visits[layer]}",
-            )
-        counts.usage_LEE[layer, rows, columns] = usage_P
-        counts.demand_LEE[layer, rows, columns] = demand_P
+    usage_LP, demand_LP = values_LW.long().chunk(2, dim=1)
+    counts.usage_LEE[:, rows, columns] = usage_LP
+    counts.demand_LEE[:, rows, columns] = demand_LP
     return counts
 
 
 def used_experts(counts: EdgeCounts) -> Tensor:
     """(L,) int64: how many experts of each layer were visited at all."""
     return (counts.usage_LEE.sum(dim=1) > 0).sum(dim=1)
-
-
-def summed(
-    counts: Sequence[EdgeCounts], num_layers: int, num_experts: int
-) -> EdgeCounts:
-    """Sum over clients; exact, so the order does not matter."""
-    total = zero_counts(num_layers, num_experts)
-    for item in counts:
-        total = total + item
-    return total

@@ -93,15 +93,15 @@ def validate_reply(
     return ValidReply(
         contribution=Contribution(
             client=client,
-            frame=reply.update,
+            data=reply.update,
             weight=float(min(reply.examples, settings.federation.max_examples)),
             expert_ids=tuple(update),
         ),
-        counts=counts,
+        usage=reply.usage,
+        edge_visits=int(counts.usage_LEE.sum()),
         bytes_up=reply_bytes(reply),
         train_loss=reply.train_loss,
         tokens=reply.tokens,
-        usage=reply.usage,
     )
 
 

@@ -106,6 +106,7 @@ FAULTS = [
     ("aggregation.beta2", 1.0, "aggregation.beta2 is 1.0; use a share"),
     ("aggregation.epsilon", 0.0, "aggregation.epsilon is 0.0; use a positive number"),
     ("privacy.noise", -1.0, "privacy.noise is -1.0; use at least 0"),
+    ("privacy.noise", 1.0, "noise is 1.0 and edits.rho_max 8; .* use 0"),
     ("privacy.clip", 0.0, "privacy.clip is 0.0; use a positive number"),
     ("privacy.delta", 1.0, "privacy.delta is 1.0; use a number between 0 and 1"),
     ("budgets.memory_bytes", (1, -1), "budgets.memory_bytes names -1; use 0"),
@@ -134,6 +135,26 @@ def test_a_value_out_of_range_is_refused_by_name(
             replace(settings, **{section: part})
         else:
             replace(settings, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("aggregation.rule", "median", "aggregation.rule 'median'; .* use 'mean'"),
+        ("aggregation.clip_to_median", 2.0, "aggregation.clip_to_median 2.0; .* use 0"),
+        ("adapter.siblings", 2, "adapter.siblings 2; .* use 1"),
+        ("train.train_gate", False, "train.train_gate false; .* use true"),
+    ],
+)
+def test_privacy_refuses_what_its_noise_does_not_cover(
+    key: str, value: object, message: str
+) -> None:
+    private = {"privacy.noise": 0.5, "edits.rho_max": 0}
+    assert settings_from_flat(private).privacy.noise == 0.5
+    with pytest.raises(
+        ConfigError, match=f"^1 setting.*\n.*noise is 0.5 and {message}"
+    ):
+        settings_from_flat(private | {key: value})
 
 
 def test_all_faults_are_reported_at_once() -> None:

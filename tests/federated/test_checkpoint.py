@@ -20,6 +20,7 @@ from samv2.federated.checkpoint import (
     save_checkpoint,
 )
 from samv2.federated.server_merge import ServerState
+from samv2.federated.server_optimizer import Moments
 from tests.federated.runs import toy_graph, toy_state, toy_update
 
 EDIT = Edit(layer=1, src=0, dst=2, kind="promote", score=0.5, reason="wanted")
@@ -42,6 +43,11 @@ def state_at(round: int) -> ServerState:
         graph=toy_graph(version=4, order=[1, 0, 2, 3]),
         memory=memory,
         last_edits=(EDIT,),
+        moments=Moments(
+            first={3: torch.full((6,), 1 / 3)},
+            second={3: torch.full((6,), 1e-40)},
+        ),
+        merged_rounds={0: round, 11: 1},
     )
 
 
@@ -70,6 +76,21 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     for name in MEMORY:
         left, right = getattr(found.memory, name), getattr(state.memory, name)
         assert left.dtype == right.dtype and torch.equal(left, right)
+    for name in ("first", "second"):
+        left, right = getattr(found.moments, name), getattr(state.moments, name)
+        assert left.keys() == right.keys() and torch.equal(left[3], right[3])
+    assert found.merged_rounds == {0: 3, 11: 1}
+
+
+def test_a_checkpoint_without_moments_and_counted_rounds_is_read(
+    tmp_path: Path,
+) -> None:
+    path = save_checkpoint(tmp_path, toy_state(), model_fingerprint="abc")
+    facts = json.loads((path / "state.json").read_text())
+    del facts["merged_rounds"]
+    (path / "state.json").write_text(json.dumps(facts))
+    found, _ = load_checkpoint(path, model_fingerprint="abc")
+    assert found.moments == Moments() and found.merged_rounds == {}
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:

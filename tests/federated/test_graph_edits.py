@@ -16,6 +16,7 @@ from samv2.federated.graph_edits import EdgeMemory, decide_edits
 from samv2.federated.usage import EdgeCounts, zero_counts
 from tests.federated.runs import EXPERTS, LAYERS, toy_graph
 
+EDGES = (LAYERS, EXPERTS, EXPERTS)
 CALM = EditSettings(patience=1, cooldown=0, momentum=0.0)
 
 
@@ -43,6 +44,7 @@ def decide(
     memory: EdgeMemory | None = None,
     k: int = 1,
     shared: int = 0,
+    voters: int | None = None,
 ) -> tuple[list[Edit], EdgeMemory]:
     """One round's edits of the toy graph."""
     return decide_edits(
@@ -52,6 +54,7 @@ def decide(
         settings,
         visits=[k] * LAYERS,
         num_shared=shared,
+        voters_LEE=None if voters is None else torch.full(EDGES, voters),
     )
 
 
@@ -70,6 +73,21 @@ def test_an_unused_edge_is_pruned_and_a_wanted_one_promoted() -> None:
     by_kind = {edit.kind: edit for edit in edits}
     assert by_kind["prune"].score == 0 and "below 0.2" in by_kind["prune"].reason
     assert by_kind["promote"].score == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    "min_voters, voters, promoted",
+    [(1, None, True), (1, 0, True), (3, 3, True), (3, 2, False), (3, None, True)],
+)
+def test_an_edge_that_too_few_want_is_not_promoted_but_others_are_pruned(
+    min_voters: int, voters: int | None, promoted: bool
+) -> None:
+    settings = replace(CALM, min_voters=min_voters)
+    counts = counts_of({(0, 1, 3): 0}, {(1, 0, 2): 40})
+    edits, memory = decide(counts, settings, voters=voters)
+    kinds = {edit.kind for edit in edits}
+    assert kinds == ({"prune", "promote"} if promoted else {"prune"})
+    assert int(memory.above_LEE[1, 0, 2]) == (0 if promoted else 1)
 
 
 def test_demand_on_a_kept_edge_and_usage_below_the_diagonal_change_nothing() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
 
+from samv2.common.errors import FederationError
+from samv2.federated import server_merge as module
 from samv2.federated.server_merge import (
     Refusal,
     ServerState,
@@ -15,8 +19,11 @@ from samv2.federated.server_merge import (
     broadcast_frame,
     server_merge,
 )
+from samv2.federated.server_optimizer import server_step
+from samv2.federated.usage import pack_usage
 from samv2.updates.aggregate import Contribution
 from samv2.updates.packing import pack, unpack
+from samv2.updates.stored import read_frame
 from tests.federated.runs import (
     assert_same_bits,
     toy_counts,
@@ -27,14 +34,17 @@ from tests.federated.runs import (
 )
 
 
-def reply_of(client: int, ids: tuple[int, ...] = (0, 3, 8)) -> ValidReply:
+def reply_of(
+    client: int, ids: tuple[int, ...] = (0, 3, 8), *, round: int = 1
+) -> ValidReply:
     """A valid reply of one client."""
-    frame = pack(toy_update(client, ids), toy_manifest(), round=1)
+    frame = pack(toy_update(client, ids), toy_manifest(), round=round)
     return ValidReply(
         contribution=Contribution(
-            client=client, frame=frame, weight=float(client + 1), expert_ids=ids
+            client=client, data=frame, weight=float(client + 1), expert_ids=ids
         ),
-        counts=toy_counts(client),
+        usage=pack_usage(toy_counts(client), round=round),
+        edge_visits=int(toy_counts(client).usage_LEE.sum()),
         bytes_up=len(frame),
         train_loss=4.0,
         tokens=64,
@@ -120,3 +130,79 @@ def test_broadcast_is_bit_exact_and_leaves_untouched_blocks_out() -> None:
     sent = unpack(broadcast_frame(state, toy_manifest()), toy_manifest(), round=2)
     assert sorted(sent) == [0, 3, 8]
     assert all(torch.equal(sent[key], state.blocks[key]) for key in sent)
+
+
+def test_frames_may_lie_in_files(tmp_path: Path) -> None:
+    replies = [reply_of(0), reply_of(1, (3,)), reply_of(2, (1, 8))]
+    stored = []
+    for reply in replies:
+        item = reply.contribution
+        update, usage = tmp_path / f"{item.client}.bin", tmp_path / f"{item.client}.u"
+        update.write_bytes(item.read())
+        usage.write_bytes(read_frame(reply.usage))
+        kept = replace(item, data=update)
+        stored.append(replace(reply, contribution=kept, usage=usage))
+    first, report = merge(replies, [])
+    again, same_report = merge(stored, [])
+    assert same_report == report
+    assert all(
+        torch.equal(again.blocks[key], first.blocks[key]) for key in first.blocks
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam"])
+def test_the_servers_optimiser_carries_on_from_the_state(optimizer: str) -> None:
+    settings = toy_settings(f"aggregation.optimizer={optimizer}", "edits.rho_max=0")
+    manifest = toy_manifest()
+    first, _ = server_merge(toy_state(), [reply_of(0)], [], manifest, settings)
+    assert sorted(first.moments.first) == [0, 3, 8]
+    second, _ = server_merge(
+        first, [reply_of(1, (3,), round=2)], [], manifest, settings
+    )
+    change = {3: toy_update(1, (3,))[3]}
+    blocks, moments = server_step(
+        first.blocks, change, first.moments, settings.aggregation
+    )
+    for key, block in blocks.items():
+        assert torch.allclose(second.blocks[key], block, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(second.moments.first[3], moments.first[3], rtol=1e-5)
+    assert torch.equal(second.moments.first[0], first.moments.first[0])
+
+
+def test_a_capped_vote_is_in_the_report() -> None:
+    replies = [reply_of(0), reply_of(1), reply_of(2)]
+    _, free = merge(replies, [])
+    _, capped = merge(replies, [], "edits.vote_cap=0.34")
+    assert free["clients"] == capped["clients"]
+    for name in ("usage_per_layer", "demand_per_layer"):
+        assert capped[name] == pytest.approx(free[name], abs=16)
+
+
+PRIVATE = ("privacy.noise=1.0", "edits.rho_max=0", "train.train_mix=true")
+
+
+def test_privacy_counts_rounds_and_states_epsilon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def epsilon(rounds: int, *, noise: float, delta: float) -> float:
+        return rounds + noise + delta
+
+    monkeypatch.setattr(module, "epsilon_after", epsilon)
+    settings, manifest = toy_settings(*PRIVATE), toy_manifest()
+    state = toy_state()
+    for round, clients in ((1, (0, 2)), (2, (2, 3))):
+        replies = [reply_of(client, round=round) for client in clients]
+        state, report = server_merge(
+            state, replies, [], manifest, settings, key=bytes(32)
+        )
+        assert report.epsilon == pytest.approx(round + 1.0 + 1e-5)
+        assert report.to_json()["epsilon"] == report.epsilon
+    assert state.merged_rounds == {0: 1, 2: 2, 3: 1}
+    assert all(bool(block.any()) for block in state.blocks.values())
+    assert merge([reply_of(0)], [])[1]["epsilon"] is None
+    assert merge([reply_of(0)], [])[0].merged_rounds == {}
+
+
+def test_privacy_without_a_key_is_refused() -> None:
+    with pytest.raises(FederationError, match="privacy.noise is 1.0.*noise_key"):
+        merge([reply_of(0)], [], *PRIVATE)

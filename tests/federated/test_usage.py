@@ -14,7 +14,6 @@ from samv2.federated.usage import (
     EdgeCounts,
     UsageCounter,
     pack_usage,
-    summed,
     unpack_usage,
     usage_manifest,
     used_experts,
@@ -135,14 +134,6 @@ def test_counter_counts_edges_in_positions(order: list[int]) -> None:
     assert torch.equal(counter.counts.demand_LEE[1].triu(1), wanted)
     counter(1, in_storage)
     assert torch.equal(counter.counts.usage_LEE[1], 2 * expected)
-
-
-def test_sum_is_the_same_in_any_order() -> None:
-    counts = [toy_counts(seed) for seed in range(4)]
-    total = summed(counts, LAYERS, EXPERTS)
-    assert same(total, summed(counts[::-1], LAYERS, EXPERTS))
-    assert total.usage_LEE[0, 0, 1] == sum(int(c.usage_LEE[0, 0, 1]) for c in counts)
-    assert same(summed([], LAYERS, EXPERTS), zero_counts(LAYERS, EXPERTS))
 
 
 def test_used_experts_counts_those_visited() -> None:

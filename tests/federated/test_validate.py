@@ -50,8 +50,10 @@ def test_a_valid_reply_passes_with_what_the_server_knows() -> None:
     assert valid.contribution.expert_ids == (0, 3, 8)
     assert valid.contribution.weight == 8.0
     assert valid.bytes_up == reply_bytes(reply) == len(reply.update + reply.usage) + 40
-    assert valid.counts.usage_LEE[0, 0, 0] == 64
-    assert torch.equal(valid.counts.usage_LEE[1], toy_counts(1, 6).usage_LEE[1])
+    expected = toy_counts(1, 6)
+    expected.usage_LEE[0, 0, 0] = 64
+    assert valid.edge_visits == int(expected.usage_LEE.sum())
+    assert valid.usage == reply.usage and valid.contribution.read() == reply.update
 
 
 def test_the_claimed_examples_are_capped() -> None:
@@ -118,5 +120,5 @@ def test_a_layer_has_no_more_visits_than_its_tokens_can_have_made() -> None:
 
 
 def test_no_visits_at_all_are_believed() -> None:
-    counts = check(toy_reply(usage=pack_usage(zero_counts(LAYERS, EXPERTS), round=1)))
-    assert not bool(counts.counts.usage_LEE.any())
+    valid = check(toy_reply(usage=pack_usage(zero_counts(LAYERS, EXPERTS), round=1)))
+    assert valid.edge_visits == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from samv2.common.errors import FrameError
-from samv2.updates.aggregate import Contribution, aggregate
-from samv2.updates.packing import Manifest, pack
+from samv2.common.settings import AggregationSettings
+from samv2.updates.aggregate import (
+    FRAMES_AT_ONCE,
+    Contribution,
+    aggregate,
+    clip_shares,
+)
+from samv2.updates.packing import Manifest, accumulate, pack
 from tests.helpers import assert_close, randn
 
 SIZES = {0: 5, 1: 33, 2: 8, 9: 20}
@@ -26,7 +34,7 @@ def contribution(
     update = {key: scale * randn(SIZES[key], seed=100 * client + key) for key in ids}
     frame = pack(update, MANIFEST, round=3)
     made = Contribution(
-        client=client, frame=frame, weight=weight, expert_ids=tuple(sorted(ids))
+        client=client, data=frame, weight=weight, expert_ids=tuple(sorted(ids))
     )
     return made, update
 
@@ -104,6 +112,64 @@ def test_clipping_keeps_one_client_from_drowning_the_others() -> None:
     loud, _ = contribution(1, [0], scale=1e4)
     clipped = aggregate([honest, loud], MANIFEST, round=3, clip_norm=1.0)
     assert update_norm(clipped.mean) <= 1.0
+
+
+@pytest.mark.parametrize("clients", [1, 16, 17, 50])
+def test_frames_in_files_give_the_bits_of_one_addition_after_the_other(
+    tmp_path: Path, clients: int
+) -> None:
+    items, sums = [], {1: torch.zeros(SIZES[1])}
+    for client in range(clients):
+        item, _ = contribution(client, [1], 1.0 + client / 7)
+        accumulate(item.read(), MANIFEST, item.weight, sums, round=3)
+        path = tmp_path / f"{client}.bin"
+        path.write_bytes(item.read())
+        items.append(replace(item, data=path))
+    found = aggregate(items[::-1], MANIFEST, round=3)
+    assert torch.equal(found.mean[1], sums[1] / sum(item.weight for item in items))
+
+
+@pytest.mark.parametrize("clients", [40, 400])
+def test_few_frames_are_in_memory_at_once(
+    monkeypatch: pytest.MonkeyPatch, clients: int
+) -> None:
+    frame = contribution(0, [0])[0].read()
+    alive: set[int] = set()
+    most = 0
+
+    class Frame(bytes):
+        """Bytes that say when they are gone."""
+
+        def __new__(cls) -> Frame:
+            nonlocal most
+            made = super().__new__(cls, frame)
+            alive.add(id(made))
+            most = max(most, len(alive))
+            return made
+
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    monkeypatch.setattr(Contribution, "read", lambda self: Frame())
+    items = [contribution(0, [0])[0] for _ in range(clients)]
+    items = [replace(item, client=client) for client, item in enumerate(items)]
+    rules = AggregationSettings(clip_to_median=1.0)
+    aggregate(items, MANIFEST, round=3, clip_norm=1.0, rules=rules)
+    assert 0 < most <= 2 * FRAMES_AT_ONCE
+
+
+def test_clip_to_median_brings_a_loud_update_down_and_spares_the_rest() -> None:
+    made = [contribution(c, [0, 1]) for c in range(4)]
+    made.append(contribution(4, [0, 1], scale=100.0))
+    made.append(contribution(5, [0, 1], scale=0.0))
+    items = [item for item, _ in made]
+    norms = [update_norm(update) for _, update in made]
+    limit = 1.5 * sorted(norms)[1:][2]
+    shares = clip_shares(items, MANIFEST, round=3, clip_to_median=1.5)
+    expected = [min(1.0, limit / norm) if norm else 1.0 for norm in norms]
+    assert shares == pytest.approx(expected) and shares[4] < 0.1 < shares[0] == 1.0
+    both = clip_shares(items, MANIFEST, round=3, clip_to_median=1.5, clip_norm=1.0)
+    assert both == pytest.approx([1 / norm if norm else 1.0 for norm in norms])
 
 
 def test_a_frame_of_another_round_is_refused() -> None:
