@@ -34,9 +34,15 @@ FLWR_FILES = {
     f"samv2/federated/{name}.py"
     for name in (
         "strategy",
+        "enrolment",
+        "exchange",
+        "workers",
+        "rehearsal_mod",
         "client_app",
         "server_app",
         "grid",
+        "parts",
+        "ask_counts",
         "lora_strategy",
         "lora_app",
         "simulation_workers",

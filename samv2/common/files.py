@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_HALF = re.compile(r"\.(.+)-[a-z0-9_]{8}")
+"""Names of temporary files and folders; the group is what they were to become."""
 
 
 @contextmanager
@@ -78,6 +82,28 @@ def write_json(path: Path, value: Any) -> None:
     """Replace a file by ``value`` as indented JSON; NaN and infinity are refused."""
     text = json.dumps(value, indent=1, allow_nan=False)
     write_bytes(path, (text + "\n").encode())
+
+
+def sweep(folder: Path, names: Callable[[str], bool] = lambda name: True) -> None:
+    """Remove what a killed process left half written directly in a folder.
+
+    Args:
+        folder: where :func:`write_bytes` and :func:`replace_folder` wrote.
+        names: which files and folders may have been written; others stay.
+
+    An old folder that was moved aside and has no successor is put back.
+    """
+    for path in list(Path(folder).iterdir()) if Path(folder).is_dir() else ():
+        match = _HALF.fullmatch(path.name)
+        if match is None or not names(match[1]):
+            continue
+        target, old = path.with_name(match[1]), path / "old"
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def flush(path: Path) -> None:

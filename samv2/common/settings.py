@@ -295,7 +295,9 @@ class RehearsalSettings:
     fail: float = 0.0
     """Share of training requests that a client fails: an error, silence, or death."""
     hostile: float = 0.0
-    """Share of the clients that send hostile replies."""
+    """Share of the clients that send hostile replies, all through the run."""
+    attacks: tuple[str, ...] = ()
+    """What hostile clients send, in turn, e.g. ``nan,truncated``; empty: everything."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,25 @@ SCHEDULES = ("constant", "cosine")
 FACTORS = ("random", "gradient")
 RULES = ("mean", "trimmed_mean", "median")
 OPTIMIZERS = ("fedavg", "fedavgm", "fedadam")
+ATTACKS = (
+    "nan",
+    "sign_flip",
+    "inf",
+    "negative_examples",
+    "scale",
+    "zero_examples",
+    "truncated",
+    "huge_examples",
+    "float_examples",
+    "stale_round",
+    "foreign_keys",
+    "bit_flip",
+    "garbage",
+    "npy_bomb",
+    "npz_bomb",
+    "wrong_graph",
+)
+"""What a hostile client of a rehearsal can send."""
 
 
 def find_faults(settings: Settings) -> Iterator[str]:
@@ -254,6 +273,8 @@ def _client_faults(settings: Settings) -> Iterator[str]:
             yield f"budgets.{name} names {wrong[0]}; use 0 (no limit) or more"
     yield from _share("rehearsal.fail", rehearsal.fail)
     yield from _share("rehearsal.hostile", rehearsal.hostile)
+    for name in rehearsal.attacks:
+        yield from _unknown("rehearsal.attacks", name, ATTACKS)
 
 
 def _drift_faults(settings: Settings) -> Iterator[str]:

@@ -93,9 +93,14 @@ def save_checkpoint(
     with replace_folder(path) as target:
         save_file({k: v.contiguous() for k, v in tensors.items()}, target / TENSORS)
         (target / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    drop_old(folder, keep=keep)
+    return path
+
+
+def drop_old(folder: Path, *, keep: int = 2) -> None:
+    """Remove all but the newest checkpoints, also those that are half removed."""
     for _, old in _rounds(folder)[:-keep]:
         shutil.rmtree(old)
-    return path
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

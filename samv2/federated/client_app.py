@@ -15,6 +15,7 @@ from samv2.common.config import settings_from_flat
 from samv2.common.errors import ConfigError
 from samv2.common.settings import Settings
 from samv2.data.shards import load_client
+from samv2.experts.sub_graph import SubGraph
 from samv2.federated.client_round import (
     ClientRuntime,
     evaluate_round,
@@ -26,16 +27,16 @@ from samv2.federated.client_round import (
 from samv2.federated.grid import (
     FLOPS_BUDGET,
     MEMORY_BUDGET,
-    MOVED,
     asked_round,
     counts_to_record,
     reply_to_record,
     request_from_record,
     wants_counts,
 )
-from samv2.experts.sub_graph import SubGraph
-from samv2.federated.subgraph import budget_of
+from samv2.federated.rehearsal_mod import rehearsal_mod
 from samv2.federated.run_folder import RunFolder, run_model
+from samv2.federated.scores import MOVED
+from samv2.federated.subgraph import budget_of
 from samv2.models.save import WEIGHTS
 
 
@@ -61,10 +62,16 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
         place: where everything is; None reads it from Flower's contexts, see
             :func:`place_from_context`.
     """
-    app = ClientApp()
 
     def where(context: Context) -> ClientPlace:
         return place if place is not None else place_from_context(context)
+
+    mod = rehearsal_mod(
+        lambda context: where(context).settings,
+        client_index,
+        lambda context: runtime_at(where(context)).manifest,
+    )
+    app = ClientApp(mods=[mod])
 
     @app.query()
     def query(message: Message, context: Context) -> Message:

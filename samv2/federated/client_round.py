@@ -430,7 +430,10 @@ def _pack_update(
 
 def _reply(
     runtime: ClientRuntime,
-    frame: bytes, result: LocalResult, graph: ExpertGraph, round: int
+    frame: bytes,
+    result: LocalResult,
+    graph: ExpertGraph,
+    round: int,
 ) -> TrainReply:
     counts, part = result.counts, runtime.part
     if part is not None:

@@ -7,26 +7,18 @@ result depends on its message alone, so the bits do not depend on how many worke
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from typing import Any
 
-import torch
 from flwr.app import (
     DEFAULT_TTL,
     Array,
     ArrayRecord,
     ConfigRecord,
     Context,
-    Error,
     Message,
     MetricRecord,
     RecordDict,
@@ -36,6 +28,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from samv2.common.errors import FederationError, FrameError
+from samv2.common.settings import FederationSettings
 from samv2.common.threads import one_thread
 from samv2.experts.sub_graph import SubGraph
 from samv2.federated.client_round import (
@@ -45,20 +38,21 @@ from samv2.federated.client_round import (
     edits_from_json,
     edits_to_json,
 )
+from samv2.federated.workers import LATE, NO_REPLY, Worker, answer, failed
 
 FRAME_STYPE = "samv2.frame.v1"
 GRAPH_STYPE = "samv2.graph.v1"
 MEMORY_BUDGET, FLOPS_BUDGET = "memory-budget-bytes", "flops-budget"
 """Keys under which a client says what it can hold and compute."""
-MOVED = "text-distance"
-"""Key under which a client says how far its text is from what it was."""
 RUN_ID = 1
 SERVER_NODE = 1
 FIRST_NODE = 100
 OnReply = Callable[[str, int, int], None]
 """Called with (message type, replies so far, messages sent)."""
-CLIENT_FAILED = 2
-"""Flower's error code for an exception in the client app."""
+Again = Callable[[Message], Message | None]
+"""Called with a reply; a message that it returns is sent, and the reply forgotten."""
+PATIENCE = FederationSettings().round_timeout
+"""Deadlines from here on do not bind clients in this process, see `EmbeddedGrid`."""
 
 
 def request_to_record(request: RoundRequest) -> RecordDict:
@@ -219,6 +213,10 @@ class EmbeddedGrid(Grid):
         on_reply: told after every reply how many of how many have come, and what was
             asked.
 
+    A worker that dies or is late is replaced. A client in this process cannot be
+    interrupted: with a deadline below the default of ``federation.round_timeout`` its
+    reply is dropped when it comes too late; from the default on it is waited for.
+
     Use it as a context manager: leaving the block ends the workers.
     """
 
@@ -247,7 +245,7 @@ class EmbeddedGrid(Grid):
         self._on_reply = on_reply
         self._sent = 0
         count = min(workers, len(self._contexts))
-        self._workers = [_Worker(make_app) for _ in range(count)] if count > 1 else []
+        self._workers = [Worker(make_app) for _ in range(count)] if count > 1 else []
 
     def __enter__(self) -> EmbeddedGrid:
         return self
@@ -294,155 +292,114 @@ class EmbeddedGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Not offered: replies come with :meth:`send_and_receive`."""
+        """Not offered: replies come with :meth:`stream`."""
         raise FederationError("the embedded grid sends and receives in one call")
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Not offered: replies come with :meth:`send_and_receive`."""
+        """Not offered: replies come with :meth:`stream`."""
         raise FederationError("the embedded grid sends and receives in one call")
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Replies of all clients, errors as error messages.
+        """All of :meth:`stream`."""
+        return list(self.stream(messages, timeout=timeout))
+
+    def stream(
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,
+        again: Again | None = None,
+    ) -> Iterator[Message]:
+        """Replies as they come, one for each message, errors as error messages.
 
         Args:
             messages: one per client.
-            timeout: seconds after which running workers are given up and replaced; a
-                client in this process cannot be interrupted.
+            timeout: seconds after which running workers are given up and replaced.
+            again: asked about every reply that comes in time, see :data:`Again`.
         """
-        queue = list(messages)
-        if self._workers:
-            return self._in_workers(queue, timeout)
-        replies: list[Message] = []
-        for message in queue:
-            replies.append(self._here(message))
-            self._tell(len(replies), queue)
-        return replies
+        queue = deque(messages)
+        total, done = len(queue), 0
+        what = queue[0].metadata.message_type if queue else ""
+        answers = self._in_workers if self._workers else self._in_turn
+        for reply in answers(queue, timeout, again or (lambda reply: None)):
+            done += 1
+            if self._on_reply is not None:
+                self._on_reply(what, done, total)
+            yield reply
 
-    def _tell(self, done: int, queue: list[Message]) -> None:
-        if self._on_reply is not None:
-            self._on_reply(queue[0].metadata.message_type, done, len(queue))
+    def _in_turn(
+        self, queue: deque[Message], timeout: float | None, again: Again
+    ) -> Iterator[Message]:
+        bound = timeout if timeout is not None and timeout < PATIENCE else None
+        deadline = None if bound is None else time.monotonic() + bound
+        while queue:
+            message = queue.popleft()
+            if _left(deadline) == 0:
+                yield failed(message, "not started in time", NO_REPLY)
+                continue
+            reply = self._here(message)
+            if _left(deadline) == 0:
+                detail = f"the reply came after the {bound:g} s of its deadline"
+                yield failed(message, detail, LATE)
+            elif (repeated := again(reply)) is not None:
+                queue.append(repeated)
+            else:
+                yield reply
 
     def _here(self, message: Message) -> Message:
         if self._app is None:
             self._app = self._make_app()
         with one_thread():
-            return _answer(self._app, message, self._context(message))
+            return answer(self._app, message, self._context(message))
 
     def _context(self, message: Message) -> Context:
         return self._contexts[message.metadata.dst_node_id]
 
-    def _in_workers(self, queue: list[Message], timeout: float | None) -> list[Message]:
+    def _in_workers(
+        self, queue: deque[Message], timeout: float | None, again: Again
+    ) -> Iterator[Message]:
         deadline = None if timeout is None else time.monotonic() + timeout
-        waiting, replies = queue[::-1], []
-        idle, busy = list(self._workers), {}
-        while waiting or busy:
-            while waiting and idle:
-                worker, message = idle.pop(), waiting.pop()
-                worker.send(message, self._context(message))
-                busy[worker.connection] = (worker, message)
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = wait(list(busy), left)
-            if not ready:
-                for worker, message in busy.values():
-                    replies.append(_failed(message, f"no reply within {timeout:g} s"))
-                    worker.stop()
-                replies += [
-                    _failed(message, "not started in time") for message in waiting
-                ]
-                return replies
-            for connection in ready:
-                worker, message = busy.pop(connection)
-                replies.append(worker.receive(message))
-                idle.append(worker)
-                self._tell(len(replies), queue)
-        return replies
-
-
-class _Worker:
-    """One process that answers messages until its pipe closes."""
-
-    def __init__(self, make_app: Callable[[], ClientApp]) -> None:
-        self._make_app = make_app
-        self._process: SpawnProcess | None = None
-        self._start()
-
-    def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(
-            target=_serve, args=(self._make_app, theirs), daemon=True
-        )
-        self._process.start()
-        theirs.close()
-
-    def send(self, message: Message, context: Context) -> None:
-        """Hand over one message; a worker that was stopped or has died starts anew."""
-        if self._process is None:
-            self._start()
+        idle = list(self._workers)
+        busy: dict[Connection, tuple[Worker, Message]] = {}
         try:
-            self.connection.send((message, context))
-        except OSError:
-            self.stop()
-            self._start()
-            with suppress(OSError):  # a second death shows when the reply is received
-                self.connection.send((message, context))
+            while queue or busy:
+                self._hand_out(queue, idle, busy)
+                ready = wait(list(busy), _left(deadline))
+                if not ready:
+                    break
+                replies = []
+                for connection in ready:
+                    worker, message = busy.pop(connection)
+                    idle.append(worker)
+                    reply = worker.receive(message)
+                    repeated = None if _left(deadline) == 0 else again(reply)
+                    queue.extend([] if repeated is None else [repeated])
+                    replies += [reply] if repeated is None else []
+                self._hand_out(queue, idle, busy)  # they work while replies are read
+                yield from replies
+            missing = [message for _, message in busy.values()]
+        finally:
+            for worker, _ in busy.values():
+                worker.stop()
+        for message in missing:
+            yield failed(message, f"no reply within {timeout:g} s", NO_REPLY)
+        for message in queue:
+            yield failed(message, "not started in time", NO_REPLY)
 
-    def receive(self, message: Message) -> Message:
-        """The reply to ``message``, or an error message if the worker died over it."""
-        try:
-            return self.connection.recv()
-        except (EOFError, OSError):
-            code = self.stop()
-            return _failed(message, f"the worker process died (exit code {code})")
-
-    def stop(self) -> int | None:
-        """End the process; returns its exit code if it had ended by itself."""
-        if self._process is None:
-            return None
-        process, self._process = self._process, None
-        self.connection.close()
-        process.join(0.5)
-        code = process.exitcode
-        process.terminate()
-        process.join(10)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        process.close()
-        return code
-
-
-def _serve(make_app: Callable[[], ClientApp], connection: Connection) -> None:
-    """A worker's main loop; an interrupt is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    app = make_app()
-    while True:
-        try:
-            message, context = connection.recv()
-        except (EOFError, OSError):
-            return
-        connection.send(_answer(app, message, context))
+    def _hand_out(
+        self,
+        queue: deque[Message],
+        idle: list[Worker],
+        busy: dict[Connection, tuple[Worker, Message]],
+    ) -> None:
+        while queue and idle:
+            worker, message = idle.pop(), queue.popleft()
+            worker.send(message, self._context(message))
+            busy[worker.connection] = (worker, message)
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-def _answer(app: ClientApp, message: Message, context: Context) -> Message:
-    """The app's reply; an exception becomes an error message, as in Flower's engines."""
-    try:
-        return app(message, context)
-    except Exception as error:  # noqa: BLE001 - whatever a client does ends here
-        detail = traceback.format_exc(limit=3)
-        return _failed(message, f"{type(error).__name__}: {error}\n{detail}")
-
-
-def _failed(message: Message, reason: str) -> Message:
-    return Message(Error(CLIENT_FAILED, reason), reply_to=message)
+def _left(deadline: float | None) -> float | None:
+    """Seconds to a deadline, 0 after it; None where there is none."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

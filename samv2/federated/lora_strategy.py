@@ -27,16 +27,12 @@ from samv2.common.errors import FederationError
 from samv2.common.quiet import quiet_logger
 from samv2.common.settings import Settings
 from samv2.data.sources import parse_domain
+from samv2.federated.enrolment import enrol_clients, sample_nodes
+from samv2.federated.exchange import first_line, reported_scores
 from samv2.federated.grid import message_to
 from samv2.federated.lora_app import to_arrays, to_tensors
 from samv2.federated.lora_methods import LoraMethod
-from samv2.federated.strategy import (
-    enrol_clients,
-    first_line,
-    is_scored,
-    sample_nodes,
-    sum_scores,
-)
+from samv2.federated.scores import is_scored, sum_scores
 from samv2.models.perplexity import Score
 
 log = logging.getLogger(__name__)
@@ -233,18 +229,9 @@ class LoraFedAvg(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord:
         """Perplexity by domain; the sums are in ``scores``."""
-        answered = list(replies)
-        for message in answered:
-            if message.has_error():
-                log.warning(
-                    "round %d: node %d has not scored its held-out text: %s",
-                    server_round,
-                    message.metadata.src_node_id,
-                    first_line(message),
-                )
         length = self.settings.train.sequence_length
         self.scores = sum_scores(
-            answered,
+            reported_scores(server_round, replies),
             nodes=set(self._clients),
             domains={parse_domain(spec)[0] for spec in self.settings.data.domains},
             most_tokens=self.settings.federation.eval_windows * (length - 1),

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from samv2.common.config import load_settings, to_flat, to_toml
 from samv2.common.errors import CheckpointError, ConfigError
-from samv2.common.files import write_bytes
+from samv2.common.files import sweep, write_bytes
 from samv2.common.settings import Settings
-from samv2.federated.checkpoint import latest_checkpoint, load_checkpoint
+from samv2.federated.checkpoint import drop_old, latest_checkpoint, load_checkpoint
 from samv2.models.expert_model import ExpertModel
 from samv2.models.save import (
     expert_fingerprint,
@@ -26,6 +26,7 @@ CHANGEABLE = (
     "federation.rounds",
     "federation.workers",
     "federation.round_timeout",
+    "federation.retries",
     "federation.keep_frames",
 )
 """Settings that may differ when a run is resumed."""
@@ -36,6 +37,7 @@ _OWN_FOLDERS = (
     "clients",
     "checkpoints",
     "frames",
+    "spool",
     "tensorboard",
     "flower",
 )
@@ -88,6 +90,11 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def spool(self) -> Path:
+        """Frames of the round that goes on; empty between rounds."""
+        return self.root / "spool"
+
+    @property
     def siblings(self) -> Path:
         """Which sibling of the adapters serves which client's text."""
         return self.root / "siblings.json"
@@ -135,6 +142,7 @@ def open_run(
     used = run.config.exists() and _has_results(run)
     if used and resume:
         _check_same(run, settings)
+        _sweep(run)
     elif used and not overwrite:
         raise CheckpointError(
             f"{run.root} already holds a run; continue it with --resume, replace it "
@@ -262,6 +270,15 @@ def _is_plain(folder: Path) -> bool:
 
 def _has_results(run: RunFolder) -> bool:
     return run.prepared.exists() or latest_checkpoint(run.checkpoints) is not None
+
+
+def _sweep(run: RunFolder) -> None:
+    """Remove what a killed server left half written; clients' folders are theirs."""
+    known = {*_OWN_FILES, *_OWN_FOLDERS}
+    sweep(run.root, lambda name: name in known or bool(_MERGE.fullmatch(name)))
+    for folder in (run.checkpoints, run.root / "frames"):
+        sweep(folder)
+    drop_old(run.checkpoints)
 
 
 def _refuse_foreign(run: RunFolder) -> None:

@@ -7,6 +7,7 @@ Both ways run the same strategy and the same client app.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -20,9 +21,10 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from samv2.common.config import to_flat
-from samv2.common.files import write_json
+from samv2.common.files import sweep, write_json
 from samv2.common.settings import Settings
 from samv2.common.telemetry import MetricsLog, read_metrics
+from samv2.data.shards import load_calibration
 from samv2.federated.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -36,6 +38,7 @@ from samv2.federated.client_app import (
 from samv2.federated.grid import EmbeddedGrid
 from samv2.federated.prepare import Prepared, prepare
 from samv2.federated.privacy import noise_key
+from samv2.federated.rehearsal import warning as rehearsal_warning
 from samv2.federated.round_table import RoundTable
 from samv2.federated.run_folder import RunFolder, open_run, run_model
 from samv2.federated.run_lock import sole_server
@@ -50,11 +53,20 @@ from samv2.federated.run_logs import (
     perplexities,
     write_merge,
 )
+from samv2.federated.run_text import calibration_windows
 from samv2.federated.server_merge import ServerState, initial_state
+from samv2.federated.spool import Spool
 from samv2.federated.strategy import RoundReport, SamStrategy
+from samv2.federated.subgraph import Planner, gate_mass
 from samv2.models.perplexity import Score
 from samv2.models.save import load_expert_model
 from samv2.updates.packing import Manifest
+
+log = logging.getLogger(__name__)
+
+
+MASS_TOKENS = 4096
+"""Calibration tokens on which experts are weighed for clients with budgets."""
 
 
 def run_embedded(
@@ -81,6 +93,8 @@ def run_embedded(
         SamError: with everything up to the last completed round on disk.
     """
     run = open_run(root, settings, resume=resume, overwrite=overwrite)
+    for states in run.states.glob("client_*"):
+        sweep(states)
     prepared = prepare(run, settings, console)
     place = client_place(run, settings)
     configs = [{"client": index} for index in range(settings.federation.clients)]
@@ -116,17 +130,22 @@ def federate(
 ) -> dict[str, Any]:
     """Run the rounds that are left on a grid, log each, and write the summary."""
     begin = time.perf_counter()
+    if (words := rehearsal_warning(settings)) is not None:
+        log.warning(words)
     state, manifest, facts = _restore(run, settings, prepared)
     start_scores, spent = facts["start"], facts["seconds"]
-    log = MetricsLog(run.root, keep_rounds=state.round)
-    with closing(log) as metrics, table:
+    rows = MetricsLog(run.root, keep_rounds=state.round)
+    with closing(rows) as metrics, table:
         if start_scores is not None:
             table.start(start_scores)
         for row in read_metrics(run.root):
             table.add(row)
 
         def checkpoint(current: ServerState) -> None:
-            extra = facts | {"seconds": _add(spent, time.perf_counter() - begin)}
+            extra = facts | {
+                "seconds": _add(spent, time.perf_counter() - begin),
+                "clients": strategy.memory(),
+            }
             save_checkpoint(
                 run.checkpoints,
                 current,
@@ -162,10 +181,13 @@ def federate(
             manifest,
             settings,
             visits=prepared.visits,
+            planner=planner_of(run, settings),
             key=noise_key(run.root, settings, resumed=state.round > 0),
             on_start=on_start if start_scores is None else None,
             on_round=on_round,
+            spool=Spool(run.spool),
         )
+        strategy.recall(facts["clients"])
         strategy.gate_bytes = {int(k): v for k, v in facts["gate_bytes"].items()}
         strategy.start(grid)
     return _summarise(
@@ -199,15 +221,47 @@ def make_server_app() -> ServerApp:
     return app
 
 
+def planner_of(run: RunFolder, settings: Settings) -> Planner | None:
+    """Makes parts for clients with budgets; None where the settings name none.
+
+    The gate mass is measured on the run's calibration text, so it is the same after a
+    resume.
+    """
+    if not settings.budgets.memory_bytes and not settings.budgets.flops:
+        return None
+    folder = run_model(run, settings)
+    model, _ = load_expert_model(folder)
+    model.set_experts_per_token(settings.experts.experts_per_token)
+    length = settings.train.sequence_length
+    tokens_BS = calibration_windows(
+        load_calibration(run.shards), MASS_TOKENS, length
+    ).long()
+    return Planner(
+        config=model.expert_config,
+        dense=model.config,
+        mass_LE=gate_mass(model, tokens_BS),
+        experts_per_token=settings.experts.experts_per_token,
+        batch_size=settings.train.batch_size,
+        sequence_length=length,
+        weight_bytes=model.llama.dtype.itemsize,
+    )
+
+
 def _restore(
     run: RunFolder, settings: Settings, prepared: Prepared
 ) -> tuple[ServerState, Manifest, dict[str, Any]]:
     """State, manifest, and what is known of earlier starts: ``start`` perplexities
-    (None before they are scored), ``seconds`` spent, ``gate_bytes`` by client."""
+    (None before they are scored), ``seconds`` spent, ``gate_bytes`` by client, and what
+    the strategy remembers of ``clients``."""
     model, _ = load_expert_model(run_model(run, settings))
     blocks = model.read_blocks()
     manifest = Manifest.of(blocks)
-    facts: dict[str, Any] = {"start": None, "seconds": {}, "gate_bytes": {}}
+    facts: dict[str, Any] = {
+        "start": None,
+        "seconds": {},
+        "gate_bytes": {},
+        "clients": {},
+    }
     path = latest_checkpoint(run.checkpoints)
     if path is None:
         return initial_state(blocks, model.graph), manifest, facts

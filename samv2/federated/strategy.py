@@ -1,5 +1,7 @@
 """The Flower strategy: asks clients, refuses what is invalid, merges the rest.
 
+    requests out -> replies validated as they come -> merge -> scores
+
 Arithmetic lives in server_merge; this file turns messages into its arguments. Only the
 message API is used.
 """
@@ -8,27 +10,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Message,
     MessageType,
     MetricRecord,
-    RecordDict,
 )
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from torch import Tensor
 
-from samv2.common.errors import FederationError, FrameError
+from samv2.common.errors import FederationError
 from samv2.common.settings import Settings
-from samv2.data.drift import parse_drifts
-from samv2.data.sources import parse_domain
+from samv2.experts.sub_graph import SubGraph
+from samv2.federated.ask_counts import ask_counts
 from samv2.federated.client_round import (
     GraphMessage,
     RoundRequest,
@@ -44,13 +43,38 @@ from samv2.federated.drift import (
     respond,
     retire,
 )
+from samv2.federated.enrolment import (
+    ANSWER_SECONDS,
+    enrol_clients,
+    renew_clients,
+    sample_nodes,
+)
+from samv2.federated.exchange import (
+    Exchange,
+    error_refusal,
+    reported_scores,
+    sort_replies,
+)
 from samv2.federated.grid import (
-    MOVED,
-    counts_from_record,
-    counts_request,
     message_to,
     reply_from_record,
+    request_from_record,
     request_to_record,
+)
+from samv2.federated.parts import Parts, ask_budgets, plan_parts
+from samv2.federated.refusals import (
+    TooFewReplies,
+    count_hostile,
+    quarantined,
+)
+from samv2.federated.rehearsal import ATTEMPT
+from samv2.federated.scores import (
+    believed_scores,
+    domain_names,
+    is_scored,
+    mean_loss,
+    sum_scores,
+    told_distances,
 )
 from samv2.federated.server_merge import (
     MergeReport,
@@ -60,21 +84,14 @@ from samv2.federated.server_merge import (
     broadcast_frame,
     server_merge,
 )
-from samv2.federated.siblings import fit_siblings, unpack_counts
-from samv2.federated.validate import LARGEST_LOSS, validate_reply
+from samv2.federated.siblings import fit_siblings
+from samv2.federated.spool import Spool
+from samv2.federated.subgraph import Planner
+from samv2.federated.validate import validate_reply
 from samv2.models.perplexity import Score
 from samv2.updates.packing import Manifest
 
 log = logging.getLogger(__name__)
-
-ENROL_SECONDS = 120.0
-"""Without a new node, after which clients that are missing are given up."""
-ANSWER_SECONDS = 600.0
-"""For an answer to a question; the first one waits until a client's process is up, and
-many start on few cores. A node that is gone does not take that long: its SuperLink says so.
-"""
-LONGEST_DETAIL = 2000
-"""Characters of a client's error that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +108,7 @@ class RoundReport:
     bytes_down: int
     """Payload bytes sent to one client for training, the largest of the round."""
     bytes_down_all: int
-    """The same of all clients asked; of the second try where there were two."""
+    """The same of all requests; of the second try where there were two."""
     seconds: dict[str, float]
     """Wall time by phase: train, merge, evaluate."""
 
@@ -102,26 +119,12 @@ class _Round:
 
     nodes: dict[int, int] = field(default_factory=dict)
     """{node id: client} of the clients asked."""
+    requests: dict[int, Message] = field(default_factory=dict)
+    """By node, as sent last."""
+    attempts: dict[int, int] = field(default_factory=dict)
+    """How often each node was asked again."""
     bytes_down: int = 0
     bytes_down_all: int = 0
-
-
-class TooFewReplies(FederationError):
-    """A round had fewer valid replies than it needs."""
-
-    def __init__(
-        self, server_round: int, valid: int, needed: int, refusals: Sequence[Refusal]
-    ) -> None:
-        causes = "; ".join(
-            f"client {item.client}: {item.detail.splitlines()[0]} [{item.reason}]"
-            for item in refusals
-        )
-        super().__init__(
-            f"round {server_round} had {valid} valid replies, needed are {needed} "
-            f"(federation.min_replies), also when it was tried again. {causes}. "
-            "Everything up to the round before is in the checkpoint: mend the clients "
-            "and continue with --resume"
-        )
 
 
 class SamStrategy(Strategy):
@@ -132,10 +135,12 @@ class SamStrategy(Strategy):
         manifest: of the model's trainable blocks.
         settings: of the run.
         visits: of a token in each converted layer; None: K everywhere.
+        planner: makes the parts of clients that cannot hold the model; None: all can.
         key: of the noise, where privacy is on.
         on_start: called with the held-out scores before the first round of this call.
         on_round: called after every round with the new state and its report; the place
             for checkpoints and logs.
+        spool: where a round's frames wait for its merge; default: in memory.
     """
 
     def __init__(
@@ -145,20 +150,29 @@ class SamStrategy(Strategy):
         settings: Settings,
         *,
         visits: Sequence[int] | None = None,
+        planner: Planner | None = None,
         key: bytes | None = None,
         on_start: Callable[[dict[str, Score]], None] | None = None,
         on_round: Callable[[ServerState, RoundReport], None] | None = None,
+        spool: Spool | None = None,
     ) -> None:
         self.state = state
         self.manifest = manifest
         self.settings = settings
         self.visits = visits
+        self.planner = planner
+        self.parts = Parts()
         self._key = key
         self._on_start = on_start
         self._on_round = on_round
         self._clients: dict[int, int] = {}
         self._known_version: dict[int, int] = {}
+        self._recalled: dict[int, int] = {}
+        self._hostile: dict[int, int] = {}
+        self._exchange = Exchange()
+        self._spool = spool or Spool(None)
         self._current = _Round()
+        self._trained = 0.0
         self._merge: MergeReport | None = None
         self._scores: dict[str, Score] = {}
         self._losses: dict[int, float] = {}
@@ -198,6 +212,9 @@ class SamStrategy(Strategy):
         rounds = num_rounds or self.settings.federation.rounds
         wait = timeout or self.settings.federation.round_timeout
         self.enrol(grid)
+        if self.planner is not None:
+            budgets = ask_budgets(grid, self._clients, ANSWER_SECONDS)
+            self.parts = plan_parts(self.planner, budgets)
         if self._lacks_gate():
             self.fit_siblings(grid)
         if self._on_start is not None:
@@ -210,24 +227,20 @@ class SamStrategy(Strategy):
         begin = time.perf_counter()
         current = self.state.round + 1
         self._clients = renew_clients(grid, self._clients)
-        replies = self._train(grid, current, timeout)
-        trained = time.perf_counter()
         try:
-            self.aggregate_train(current, replies)
+            self.aggregate_train(current, self._train(grid, current, timeout))
         except TooFewReplies:
             self._await_lost(grid)
-            replies = self._train(grid, current, timeout)
-            trained = time.perf_counter()
-            self.aggregate_train(current, replies)
+            self.aggregate_train(current, self._train(grid, current, timeout))
         merged = time.perf_counter()
         scores: dict[str, Score] = {}
         if is_scored(self.settings, current):
             scores = self._evaluate(grid, current, timeout)
-            self.watch_drift(grid)
+        self.watch_drift(grid, scored=bool(scores))
         if self._on_round is not None and self._merge is not None:
             seconds = {
-                "train": trained - begin,
-                "merge": merged - trained,
+                "train": self._trained - begin,
+                "merge": merged - self._trained,
                 "evaluate": time.perf_counter() - merged,
             }
             report = RoundReport(
@@ -240,52 +253,83 @@ class SamStrategy(Strategy):
                 seconds=seconds,
             )
             self._on_round(self.state, report)
+        self._merge = None
+        self._spool.empty()
 
-    def _train(self, grid: Grid, current: int, timeout: float) -> Iterable[Message]:
+    def _train(self, grid: Grid, current: int, timeout: float) -> Iterator[Message]:
+        """Replies as they come; a client that fails is asked again while time allows."""
         messages = self.configure_train(current, ArrayRecord(), ConfigRecord(), grid)
-        return grid.send_and_receive(messages, timeout=timeout)
+        self._current.requests = {m.metadata.dst_node_id: m for m in messages}
+
+        def again(reply: Message) -> Message | None:
+            return self._repeated(grid, current, reply)
+
+        return self._exchange.stream(grid, messages, timeout=timeout, again=again)
+
+    def _repeated(self, grid: Grid, current: int, reply: Message) -> Message | None:
+        """The request once more, for a client that failed; None where enough is enough.
+
+        The graph goes out anew, since not knowing it may be what the client failed over.
+        """
+        node = reply.metadata.src_node_id
+        attempt = self._current.attempts.get(node, 0) + 1
+        if not reply.has_error() or attempt > self.settings.federation.retries:
+            return None
+        client = self._current.nodes[node]
+        why = error_refusal(client, reply).detail.splitlines()[0]
+        log.info("round %d: client %d is asked again: %s", current, client, why)
+        self._current.attempts[node] = attempt
+        self._known_version.pop(node, None)
+        sent = request_from_record(self._current.requests[node].content)
+        request = replace(sent, graph=self._graph_for(node))
+        content = request_to_record(request)
+        content[ATTEMPT] = ConfigRecord({"number": attempt})
+        self._current.bytes_down_all += request_bytes(request)
+        return message_to(grid, node, content, MessageType.TRAIN, str(current))
 
     def enrol(self, grid: Grid) -> None:
-        """Wait for the run's clients, see :func:`enrol_clients`."""
-        self._clients = enrol_clients(grid, self.settings.federation.clients)
+        """Wait for the run's clients but those in quarantine, see `enrol_clients`."""
+        away = quarantined(self._hostile, self.settings.federation.quarantine)
+        wanted = self.settings.federation.clients
+        self._clients = enrol_clients(grid, wanted, without=away)
+        self._known_version = {
+            node: self._recalled[client]
+            for node, client in self._clients.items()
+            if client in self._recalled
+        }
 
     def _await_lost(self, grid: Grid) -> None:
         """Before a round is tried again: wait for clients whose nodes are gone."""
         if set(self._clients) - set(grid.get_node_ids()):
             self.enrol(grid)
 
-    def _ask_counts(
-        self, grid: Grid, clients: Container[int], round: int
-    ) -> tuple[dict[int, Tensor], dict[int, bytes]]:
-        """How often tokens occur in clients' text in a round, and the frames of that."""
-        messages = [
-            message_to(grid, node, counts_request(round), MessageType.QUERY, "siblings")
+    def memory(self) -> dict[str, dict[str, int]]:
+        """What is known of clients, by client, for a checkpoint.
+
+        ``graph``: versions that clients hold; ``hostile``: refused replies of a hostile
+        kind.
+        """
+        known = {
+            str(client): self._known_version[node]
             for node, client in self._clients.items()
-            if client in clients
-        ]
-        frames: dict[int, bytes] = {}
-        counts: dict[int, Tensor] = {}
-        for reply in grid.send_and_receive(messages, timeout=ANSWER_SECONDS):
-            client = self._clients.get(reply.metadata.src_node_id)
-            if client not in clients or client in counts:
-                continue
-            try:
-                frame = counts_from_record(reply.content if reply.has_content() else {})
-                counts[client] = unpack_counts(frame)
-            except FrameError as error:
-                log.warning("client %d: token counts refused: %s", client, error)
-                continue
-            frames[client] = frame
-        return counts, frames
+            if node in self._known_version
+        }
+        hostile = {str(client): count for client, count in self._hostile.items()}
+        return {"graph": known, "hostile": dict(sorted(hostile.items()))}
+
+    def recall(self, memory: Mapping[str, Mapping[str, int]]) -> None:
+        """Take up what an earlier start's :meth:`memory` was, before :meth:`start`."""
+        self._recalled = {int(k): v for k, v in memory.get("graph", {}).items()}
+        self._hostile = {int(k): v for k, v in memory.get("hostile", {}).items()}
 
     def fit_siblings(self, grid: Grid) -> None:
-        """Fit the siblings' gate to how often tokens occur in the clients' text.
+        """Ask how often tokens occur in the clients' text, and fit the siblings' gate.
 
         Raises:
             FederationError: not one client has sent counts that can be used.
         """
         clients = set(self._clients.values())
-        counts, self.count_frames = self._ask_counts(grid, clients, 1)
+        counts, self.count_frames = ask_counts(grid, self._clients, clients, 1)
         self.gate_bytes = {c: len(frame) for c, frame in self.count_frames.items()}
         if not counts:
             raise FederationError(
@@ -300,17 +344,19 @@ class SamStrategy(Strategy):
         memory = begin(counts, self.siblings) if drift.detect else None
         self.state = replace(self.state, blocks=blocks, siblings=memory)
 
-    def watch_drift(self, grid: Grid) -> None:
+    def watch_drift(self, grid: Grid, *, scored: bool) -> None:
         """After an evaluation: see whose text has changed, and find it a sibling."""
         memory, drift = self.state.siblings, self.settings.drift
         self._changes, self._drift_bytes = (), {}
-        if memory is None:
+        if memory is None or not scored:
             return
         memory, alarmed = observe(memory, self._losses, self._moved, drift)
         memory, retired = retire(memory, drift)
         changes: tuple[SiblingChange, ...] = ()
         if alarmed:
-            counts, frames = self._ask_counts(grid, alarmed, self.state.round + 1)
+            counts, frames = ask_counts(
+                grid, self._clients, alarmed, self.state.round + 1
+            )
             self._drift_bytes = {c: len(frame) for c, frame in frames.items()}
             memory, changes = respond(
                 memory,
@@ -340,14 +386,15 @@ class SamStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Requests to the round's clients; the sample depends on seed and round."""
-        parameters = broadcast_frame(self.state, self.manifest)
         self._current = _Round(nodes=self._sample(server_round))
+        frames: dict[SubGraph | None, bytes] = {}
         messages = []
-        for node in self._current.nodes:
+        for node, client in self._current.nodes.items():
             request = RoundRequest(
                 round=server_round,
                 graph=self._graph_for(node),
-                parameters=parameters,
+                parameters=self._parameters(client, frames),
+                part=self.parts.part(client),
                 temperature=self._temperature(server_round),
             )
             size = request_bytes(request)
@@ -367,19 +414,27 @@ class SamStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[None, MetricRecord]:
-        """Validate a round's replies and merge the good ones into the state.
+        """Validate a round's replies as they come and merge the good ones.
 
         Raises:
             TooFewReplies: fewer are valid than ``federation.min_replies``; the state is
                 unchanged.
         """
-        valid, refusals = self._sort_replies(replies)
+        self._spool.empty()
+        nodes = self._current.nodes
+        valid, refusals = sort_replies(replies, nodes, self._checked)
+        refusals += self._exchange.late_refusals(self._clients)
+        self._trained = time.perf_counter()
+        self._quarantine(server_round, refusals)
+        for node in nodes:
+            self._known_version.pop(node, None)
         needed = self.settings.federation.min_replies
         if len(valid) < needed:
-            # Clients read the state before this round again when it is tried again.
-            for node in self._current.nodes:
-                self._known_version.pop(node, None)
             raise TooFewReplies(server_round, len(valid), needed, refusals)
+        replied = {reply.contribution.client for reply in valid}
+        for node, client in nodes.items():
+            if client in replied:
+                self._known_version[node] = self.state.graph.version
         self.state, self._merge = server_merge(
             self.state,
             valid,
@@ -395,21 +450,33 @@ class SamStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Requests to all clients to score their held-out text."""
-        request = RoundRequest(
-            round=self.state.round + 1,
-            graph=self._full_graph(),
-            parameters=broadcast_frame(self.state, self.manifest),
-        )
-        return [
-            message_to(
-                grid,
-                node,
-                request_to_record(request),
-                MessageType.EVALUATE,
-                str(server_round),
+        frames: dict[SubGraph | None, bytes] = {}
+        messages = []
+        for node, client in self._clients.items():
+            request = RoundRequest(
+                round=self.state.round + 1,
+                graph=self._full_graph(),
+                parameters=self._parameters(client, frames),
+                part=self.parts.part(client),
             )
-            for node in self._clients
-        ]
+            messages.append(
+                message_to(
+                    grid,
+                    node,
+                    request_to_record(request),
+                    MessageType.EVALUATE,
+                    str(server_round),
+                )
+            )
+        return messages
+
+    def _parameters(self, client: int, frames: dict[SubGraph | None, bytes]) -> bytes:
+        """The frame for a client; ``frames`` has those that are made, by part."""
+        part = self.parts.part(client)
+        if part not in frames:
+            held = self.parts.held(client)
+            frames[part] = broadcast_frame(self.state, self.manifest, held)
+        return frames[part]
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -419,34 +486,26 @@ class SamStrategy(Strategy):
         A score counts for a domain of the settings, with as many tokens as the windows
         hold at most, once for every node that was asked.
         """
-        answered = list(replies)
-        for message in answered:
-            if message.has_error():
-                log.warning(
-                    "round %d: node %d has not scored its held-out text: %s",
-                    server_round,
-                    message.metadata.src_node_id,
-                    first_line(message),
-                )
         federation = self.settings.federation
         length = self.settings.train.sequence_length
-        believed: dict[str, Any] = {
+        reported = reported_scores(server_round, replies)
+        limits: dict[str, Any] = {
             "nodes": set(self._clients),
             "domains": domain_names(self.settings),
             "most_tokens": federation.eval_windows * (length - 1),
         }
-        self._scores = sum_scores(answered, **believed)
-        scored = scores_by_node(answered, **believed)
-        self._losses = {self._clients[n]: mean_loss(own) for n, own in scored.items()}
-        moved = moved_by_node(answered, nodes=set(self._clients))
-        self._moved = {self._clients[n]: far for n, far in moved.items()}
+        self._scores = sum_scores(reported, **limits)
+        believed = believed_scores(reported, **limits)
+        self._losses = {self._clients[n]: mean_loss(own) for n, own in believed.items()}
+        moved = told_distances(reported, self._clients)
+        self._moved = {self._clients[node]: far for node, far in moved.items()}
         return MetricRecord(
             {name: score.perplexity for name, score in self._scores.items()}
         )
 
     def _evaluate(self, grid: Grid, current: int, timeout: float) -> dict[str, Score]:
         messages = self.configure_evaluate(current, ArrayRecord(), ConfigRecord(), grid)
-        replies = grid.send_and_receive(messages, timeout=timeout)
+        replies = self._exchange.stream(grid, messages, timeout=timeout)
         self.aggregate_evaluate(current, replies)
         return self._scores
 
@@ -474,191 +533,42 @@ class SamStrategy(Strategy):
         share = (server_round - 1) / (rounds - 1) if rounds > 1 else 0.0
         return first + (last - first) * min(share, 1.0)
 
-    def _sort_replies(
-        self, replies: Iterable[Message]
-    ) -> tuple[list[ValidReply], list[Refusal]]:
-        """Validate every reply; name every client that failed or stayed silent."""
-        silent = dict(self._current.nodes)
-        valid: list[ValidReply] = []
-        refusals: list[Refusal] = []
-        for message in replies:
-            node = message.metadata.src_node_id
-            client = silent.pop(node, None)
-            if client is None and node in self._current.nodes:
-                detail = "this client had already replied; its first reply counts"
-                refusals.append(
-                    _refusal(self._current.nodes[node], "duplicate", detail)
-                )
-                continue
-            if client is None:
-                refusals.append(_refusal(-1, "unasked", f"node {node} was not asked"))
-                continue
-            self._known_version.pop(node, None)
-            if message.has_error():
-                reason = message.error.reason or "the client gave no reason"
-                refusals.append(_refusal(client, "client_error", reason))
-                continue
-            try:
-                reply = reply_from_record(message.content)
-                checked = validate_reply(
-                    reply,
+    def _checked(self, client: int, message: Message) -> ValidReply:
+        """One reply, validated and spooled.
+
+        Raises:
+            FrameError: it is refused.
+        """
+        checked = validate_reply(
+            reply_from_record(message.content),
+            client,
+            self.state,
+            self.manifest,
+            self.settings,
+            visits=self.visits,
+            held=self.parts.held(client),
+        )
+        if self.state.round == 0:
+            sent = self.gate_bytes.get(client, 0)
+            checked = replace(checked, bytes_up=checked.bytes_up + sent)
+        return self._spool.keep(checked)
+
+    def _quarantine(self, server_round: int, refusals: Sequence[Refusal]) -> None:
+        """Ask clients no more that have sent too many replies of a hostile kind."""
+        self._hostile = count_hostile(self._hostile, refusals)
+        limit = self.settings.federation.quarantine
+        away = quarantined(self._hostile, limit)
+        for node, client in list(self._clients.items()):
+            if client in away:
+                del self._clients[node]
+                log.warning(
+                    "round %d: client %d has had %d hostile replies refused and is asked "
+                    "no more (federation.quarantine = %d)",
+                    server_round,
                     client,
-                    self.state,
-                    self.manifest,
-                    self.settings,
-                    visits=self.visits,
+                    self._hostile[client],
+                    limit,
                 )
-            except FrameError as error:
-                detail = str(error).removesuffix(f" [{error.reason}]")
-                refusals.append(_refusal(client, error.reason, detail))
-                continue
-            self._known_version[node] = reply.graph_version
-            if self.state.round == 0:
-                sent = self.gate_bytes.get(client, 0)
-                checked = replace(checked, bytes_up=checked.bytes_up + sent)
-            valid.append(checked)
-        for node, client in silent.items():
-            self._known_version.pop(node, None)
-            refusals.append(_refusal(client, "no_reply", "no reply in time"))
-        return valid, refusals
-
-
-def is_scored(settings: Settings, round: int) -> bool:
-    """Whether held-out text is scored after a round."""
-    federation = settings.federation
-    return round % federation.eval_every == 0 or round == federation.rounds
-
-
-def enrol_clients(grid: Grid, wanted: int) -> dict[int, int]:
-    """Wait for a run's clients and learn which node is which client.
-
-    The wait is as long as somebody new comes: clients that are missing are given up
-    when no other node connects for :data:`ENROL_SECONDS`, or when all were asked, for
-    :data:`ANSWER_SECONDS`, and no other client has answered. One that is silent or fails
-    is asked again as long as others answer.
-
-    Returns:
-        {node id: client}, by node.
-
-    Raises:
-        FederationError: too few nodes, or two nodes claim the same client.
-    """
-    clients: dict[int, int] = {}
-    while True:
-        unknown = [node for node in _connected(grid, wanted) if node not in clients]
-        found, failures = _ask_clients(grid, unknown)
-        for node, client in found:
-            if client in clients.values():
-                raise FederationError(
-                    f"two nodes hold client {client}; give each its own partition-id"
-                )
-            clients[node] = client
-        missing = sorted(set(range(wanted)) - set(clients.values()))
-        if not missing:
-            return {n: c for n, c in sorted(clients.items()) if 0 <= c < wanted}
-        if not found:
-            raise FederationError(
-                f"clients {missing} are not there "
-                f"({'; '.join(failures) or 'no answer'}); "
-                "check that each node has its own partition-id and its shard"
-            )
-
-
-def renew_clients(grid: Grid, clients: Mapping[int, int]) -> dict[int, int]:
-    """Which node is which client now that nodes may have come back under other ids.
-
-    Nobody is asked unless a client's node is gone and there is a node that is unknown.
-
-    Args:
-        grid: to look on.
-        clients: {node id: client} as last known.
-
-    Returns:
-        The same, with the new node of each client that moved.
-    """
-    nodes = set(grid.get_node_ids())
-    gone = {client: node for node, client in clients.items() if node not in nodes}
-    unknown = sorted(nodes - clients.keys())
-    if not gone or not unknown:
-        return dict(clients)
-    found, _ = _ask_clients(grid, unknown)
-    moved = {client: node for node, client in found if client in gone}
-    kept = {n: c for n, c in clients.items() if c not in moved}
-    return dict(sorted((kept | {n: c for c, n in moved.items()}).items()))
-
-
-def _connected(grid: Grid, wanted: int) -> list[int]:
-    """The nodes, once there are enough."""
-    most, deadline = 0, time.monotonic() + ENROL_SECONDS
-    while len(nodes := sorted(grid.get_node_ids())) < wanted:
-        if len(nodes) > most:
-            most, deadline = len(nodes), time.monotonic() + ENROL_SECONDS
-        if time.monotonic() > deadline:
-            raise FederationError(
-                f"{len(nodes)} of {wanted} clients are connected, and in "
-                f"{ENROL_SECONDS:g} s no other came; start the missing ones or lower "
-                "federation.clients"
-            )
-        time.sleep(0.5)
-    return nodes
-
-
-def _ask_clients(
-    grid: Grid, nodes: Sequence[int]
-) -> tuple[list[tuple[int, int]], list[str]]:
-    """(node, client) of those that say which they are, and why others do not."""
-    messages = [
-        message_to(grid, node, RecordDict(), MessageType.QUERY, "enrol")
-        for node in nodes
-    ]
-    found: list[tuple[int, int]] = []
-    failures: list[str] = []
-    for reply in grid.send_and_receive(messages, timeout=ANSWER_SECONDS):
-        client = _client_of(reply)
-        if client is None:
-            failures.append(first_line(reply))
-        else:
-            found.append((reply.metadata.src_node_id, client))
-    return found, failures
-
-
-def sample_nodes(
-    clients: Mapping[int, int], count: int, seed: int, server_round: int
-) -> dict[int, int]:
-    """A round's clients, which depend on seed and round alone.
-
-    Args:
-        clients: {node id: client} of the run.
-        count: how many to take.
-        seed: of the run.
-        server_round: from 1.
-    """
-    by_client = {client: node for node, client in clients.items()}
-    generator = np.random.default_rng([seed, server_round])
-    chosen = generator.choice(sorted(by_client), size=count, replace=False)
-    return {by_client[int(client)]: int(client) for client in sorted(chosen)}
-
-
-def _refusal(client: int, reason: str, detail: str) -> Refusal:
-    """A refusal whose text cannot flood a log or steer a terminal."""
-    shown = detail[:LONGEST_DETAIL].strip() or "no detail"
-    clean = "".join(c if c.isprintable() or c == "\n" else "?" for c in shown)
-    return Refusal(client=client, reason=reason, detail=clean)
-
-
-def first_line(reply: Message) -> str:
-    """Why a reply is none, in one line."""
-    if not reply.has_error():
-        return f"node {reply.metadata.src_node_id} names no client"
-    return _refusal(-1, "client_error", reply.error.reason or "").detail.splitlines()[0]
-
-
-def _client_of(reply: Message) -> int | None:
-    """The client that an enrolment reply names; None where it names none."""
-    if reply.has_error() or "metrics" not in reply.content:
-        return None
-    client = reply.content["metrics"].get("client")
-    return client if type(client) is int else None
 
 
 def request_bytes(request: RoundRequest) -> int:
@@ -669,97 +579,4 @@ def request_bytes(request: RoundRequest) -> int:
         + len(graph.full or b"")
         + len(edits_to_json(graph.edits))
         + 3 * 8
-    )
-
-
-def domain_names(settings: Settings) -> set[str]:
-    """Names of all domains that clients hold at some time."""
-    drifts = parse_drifts(settings.data.drift, settings.federation.clients)
-    at_first = {parse_domain(spec)[0] for spec in settings.data.domains}
-    return at_first | {drift.name for drift in drifts}
-
-
-def sum_scores(
-    replies: Iterable[Message],
-    *,
-    nodes: Container[int],
-    domains: Container[str],
-    most_tokens: int,
-) -> dict[str, Score]:
-    """Scores by domain, summed in node order so that the bits repeat.
-
-    Arguments as of :func:`scores_by_node`.
-    """
-    scored = scores_by_node(
-        replies, nodes=nodes, domains=domains, most_tokens=most_tokens
-    )
-    scores: dict[str, Score] = {}
-    for _, own in sorted(scored.items()):
-        for domain, found in own.items():
-            scores[domain] = scores.get(domain, Score(nll=0.0, tokens=0)) + found
-    return dict(sorted(scores.items()))
-
-
-def scores_by_node(
-    replies: Iterable[Message],
-    *,
-    nodes: Container[int],
-    domains: Container[str],
-    most_tokens: int,
-) -> dict[int, dict[str, Score]]:
-    """What each node has scored, by domain; what cannot be believed is left out.
-
-    Args:
-        replies: untrusted answers to an evaluation.
-        nodes: nodes that were asked; the first reply of each counts.
-        domains: names that may be scored.
-        most_tokens: tokens of a domain that one client can have scored.
-    """
-    first: dict[int, Message] = {}
-    for message in replies:
-        node = message.metadata.src_node_id
-        if message.has_content() and node in nodes:
-            first.setdefault(node, message)
-    scored: dict[int, dict[str, Score]] = {}
-    for node, message in sorted(first.items()):
-        metrics = message.content.get("metrics") or {}
-        own = scored.setdefault(node, {})
-        for key in sorted(metrics):
-            prefix, _, domain = key.partition(".")
-            nll, tokens = metrics[key], metrics.get(f"tokens.{domain}")
-            if (
-                prefix == "nll"
-                and domain in domains
-                and _plausible(nll, tokens, most_tokens)
-            ):
-                own[domain] = Score(nll=float(nll), tokens=tokens)
-    return scored
-
-
-def moved_by_node(
-    replies: Iterable[Message], *, nodes: Container[int]
-) -> dict[int, float]:
-    """How far nodes say their text is from what it was; nonsense is left out."""
-    moved: dict[int, float] = {}
-    for message in replies:
-        node = message.metadata.src_node_id
-        if message.has_content() and node in nodes and node not in moved:
-            far = (message.content.get("metrics") or {}).get(MOVED)
-            if type(far) is float and 0 <= far <= 1:
-                moved[node] = far
-    return moved
-
-
-def mean_loss(scores: Mapping[str, Score]) -> float:
-    """Nats a token over all domains; 0 where nothing was scored."""
-    total = sum(scores.values(), start=Score(nll=0.0, tokens=0))
-    return total.nll / max(total.tokens, 1)
-
-
-def _plausible(nll: object, tokens: object, most_tokens: int) -> bool:
-    return (
-        type(tokens) is int
-        and 0 < tokens <= most_tokens
-        and type(nll) is float
-        and 0 <= nll <= LARGEST_LOSS * tokens
     )

@@ -6,6 +6,8 @@ fails is refused with a machine-readable reason, and the round goes on.
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
+
 from samv2.common.errors import FrameError
 from samv2.common.settings import Settings
 from samv2.federated.client_round import TrainReply

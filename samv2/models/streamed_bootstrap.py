@@ -33,6 +33,7 @@ from samv2.common.settings import Settings
 from samv2.experts.allocation import Curve
 from samv2.experts.calibration import Gate
 from samv2.experts.emoe_cluster import ClusterStats
+from samv2.experts.sibling_gate import SiblingGate
 from samv2.models.bootstrap import (
     check_convertible,
     initial_config,

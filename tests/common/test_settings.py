@@ -119,6 +119,7 @@ FAULTS = [
     ("drift.patience", 0, "drift.patience is 0; use at least 1"),
     ("rehearsal.fail", 1.0, "rehearsal.fail is 1.0; use a share in 0..1, below 1"),
     ("rehearsal.hostile", -0.1, "rehearsal.hostile is -0.1; use a share in 0..1"),
+    ("rehearsal.attacks", ("x",), "rehearsal.attacks is 'x'; use one of nan, sign"),
 ]
 
 

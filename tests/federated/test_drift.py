@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from samv2.common.errors import CheckpointError
@@ -47,13 +45,12 @@ from samv2.federated.drift import (
     retire,
 )
 from samv2.federated.drift_state import from_parts, to_parts
-from samv2.federated.grid import MOVED, EmbeddedGrid
 from samv2.federated.run_folder import RunFolder
 from samv2.federated.run_logs import write_merge
+from samv2.federated.scores import MOVED, domain_names, told_distances
 from samv2.federated.server_app import run_embedded
 from samv2.federated.server_merge import MergeReport
 from samv2.federated.siblings import unpack_counts, used_siblings
-from samv2.federated.strategy import domain_names, moved_by_node
 from tests.federated.runs import (
     assert_same_bits,
     checkpoint_tensors,
@@ -247,17 +244,9 @@ def test_a_client_remembers_what_it_told(tmp_path: Path, drifting_shards: Path) 
 
 
 def test_what_nodes_say_of_their_text_is_not_believed_blindly() -> None:
-    grid = EmbeddedGrid(ClientApp, [{}] * 10, {})
-
-    def message(node: int, value: float | None) -> Message:
-        metrics = MetricRecord({} if value is None else {MOVED: value})
-        request = grid.create_message(RecordDict(), "evaluate", 100 + node, "1")
-        return Message(RecordDict({"metrics": metrics}), reply_to=request)
-
-    nan = float("nan")
-    said = [(1, 0.5), (1, 0.9), (2, 7.0), (3, nan), (4, 1), (5, None), (9, 0.2)]
-    found = moved_by_node([message(*item) for item in said], nodes=set(range(101, 106)))
-    assert found == {101: 0.5}
+    said = {1: 0.5, 2: 7.0, 3: float("nan"), 4: 1, 5: "far", 9: 0.2}
+    reported = {node: {MOVED: value} for node, value in said.items()} | {6: {}}
+    assert told_distances(reported, range(1, 7)) == {1: 0.5}
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from samv2.federated.grid import (
     wants_counts,
 )
 from samv2.federated.run_folder import load_model_or_run
+from samv2.federated.scores import is_scored
 from samv2.federated.server_app import run_embedded
 from samv2.federated.server_merge import initial_state
 from samv2.federated.siblings import (
@@ -30,7 +31,6 @@ from samv2.federated.siblings import (
     unpack_counts,
     used_siblings,
 )
-from samv2.federated.strategy import is_scored
 from samv2.models.adapters import gate_id
 from samv2.updates.packing import pack
 from tests.federated.runs import (

@@ -1,401 +1,33 @@
-"""The real strategy against hostile replies: each costs itself and nothing else."""
+"""The real strategy on a toy federation: rounds, retries, sampling, what is told."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from functools import partial
+import random
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Error,
-    Message,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor
 
-from samv2.common.errors import FederationError
-from samv2.common.settings import Settings
-from samv2.federated import strategy as strategy_module
-from samv2.federated.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
+from samv2.federated.checkpoint import latest_checkpoint, load_checkpoint
+from samv2.federated.exchange import reported_scores
+from samv2.federated.grid import FIRST_NODE, EmbeddedGrid
+from samv2.federated.refusals import TooFewReplies
+from samv2.federated.rehearsal import ATTEMPT
+from samv2.federated.run_logs import metrics_row
+from tests.federated.runs import assert_same_bits
+from tests.federated.toy_federation import (
+    CLIENTS,
+    FOREIGN,
+    Federation,
+    Tamper,
+    fails_times,
+    failure,
+    silence,
 )
-from samv2.federated.client_round import TrainReply, update_graph
-from samv2.federated.client_state import (
-    ClientState,
-    load_client_state,
-    save_client_state,
-)
-from samv2.federated.grid import (
-    FIRST_NODE,
-    EmbeddedGrid,
-    reply_from_record,
-    reply_to_record,
-    request_from_record,
-)
-from samv2.federated.run_logs import metrics_row, write_merge
-from samv2.federated.server_merge import ServerState
-from samv2.federated.strategy import RoundReport, SamStrategy, TooFewReplies
-from samv2.federated.usage import pack_usage
-from samv2.updates.packing import Manifest, pack
-from tests.federated.runs import (
-    assert_same_bits,
-    toy_counts,
-    toy_manifest,
-    toy_settings,
-    toy_state,
-    toy_update,
-)
-
-CLIENTS = 3
-ATTACKER = 1
-ATTACKER_NODE = FIRST_NODE + ATTACKER
-Tamper = Callable[[Message, Message], list[Message]]
-"""(request, honest reply) -> what arrives instead."""
-
-
-def toy_client_app(folder: Path, masks: list[tuple[int, int, Tensor]]) -> ClientApp:
-    """Clients that do no arithmetic, but keep graph and state as real ones do.
-
-    Args:
-        folder: of the clients' states.
-        masks: gets (round, client, the mask it walked) of every training.
-    """
-    app = ClientApp()
-
-    @app.query()
-    def query(message: Message, context: Context) -> Message:
-        metrics = MetricRecord({"client": int(context.node_config["client"])})
-        return Message(RecordDict({"metrics": metrics}), reply_to=message)
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        client = int(context.node_config["client"])
-        request = request_from_record(message.content)
-        home = folder / f"client_{client}"
-        known = load_client_state(home, before_round=request.round).graph
-        graph = update_graph(known, request.graph)
-        masks.append((request.round, client, graph.edge_mask_LEE))
-        seed = 10 * request.round + client
-        reply = TrainReply(
-            update=pack(toy_update(seed), toy_manifest(), round=request.round),
-            usage=pack_usage(toy_counts(seed, 12), round=request.round),
-            graph_version=graph.version,
-            examples=client + 1,
-            tokens=64,
-            train_loss=4.0,
-            seconds=0.1,
-        )
-        save_client_state(home, ClientState(graph=graph), round=request.round)
-        return Message(reply_to_record(reply), reply_to=message)
-
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        scores = {"nll.python": 20.0, "tokens.python": 10}
-        return Message(RecordDict({"metrics": MetricRecord(scores)}), reply_to=message)
-
-    return app
-
-
-class HostileGrid(EmbeddedGrid):
-    """An embedded grid on which one client's training replies are tampered with."""
-
-    tamper: Tamper | None = None
-    rounds: tuple[int, ...] = (1,)
-    calls: int = 0
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        asked = list(messages)
-        replies = super().send_and_receive(asked, timeout=timeout)
-        requests = {message.metadata.dst_node_id: message for message in asked}
-        found: list[Message] = []
-        training = bool(asked) and asked[0].metadata.message_type == "train"
-        self.calls += training
-        for reply in replies:
-            request = requests[reply.metadata.src_node_id]
-            hit = (
-                training
-                and self.tamper is not None
-                and reply.metadata.src_node_id == ATTACKER_NODE
-                and int(request.metadata.group_id) in self.rounds
-            )
-            found += self.tamper(request, reply) if hit and self.tamper else [reply]
-        return found
-
-
-class Federation:
-    """A toy federation in a folder, and what came of it."""
-
-    def __init__(self, root: Path, *overrides: str) -> None:
-        self.root = root
-        self.masks: list[tuple[int, int, Tensor]] = []
-        self.settings: Settings = toy_settings(
-            f"federation.clients={CLIENTS}",
-            "federation.rounds=1",
-            "edits.patience=1",
-            "edits.cooldown=0",
-            *overrides,
-        )
-        self.reports: list[RoundReport] = []
-        self.states: list[ServerState] = [toy_state()]
-        self.grid = HostileGrid(
-            partial(toy_client_app, root / "clients", self.masks),
-            [{"client": index} for index in range(CLIENTS)],
-            {},
-        )
-        self.strategy = SamStrategy(
-            self.states[0], toy_manifest(), self.settings, on_round=self._on_round
-        )
-
-    def _on_round(self, state: ServerState, report: RoundReport) -> None:
-        self.states.append(state)
-        self.reports.append(report)
-        write_merge(self.root, report.merge)
-        save_checkpoint(self.root / "checkpoints", state, model_fingerprint="toy")
-
-    def run(self, tamper: Tamper | None = None, rounds: tuple[int, ...] = (1,)) -> None:
-        """All rounds, the attacker tampering in those given."""
-        self.grid.tamper, self.grid.rounds = tamper, rounds
-        self.strategy.start(self.grid)
-
-    def refused(self, round: int = 1) -> list[dict[str, Any]]:
-        """The refusals that merge_round{N}.json tells of."""
-        path = self.root / f"merge_round{round}.json"
-        return json.loads(path.read_text())["refused"]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything of the newest state that could differ."""
-        state = self.states[-1]
-        graph = {"mask": state.graph.edge_mask_LEE, "usage": state.memory.usage_LEE}
-        return {str(key): value for key, value in state.blocks.items()} | graph
-
-
-def altered(**changes: Any) -> Tamper:
-    """The honest reply with some of its fields changed."""
-
-    def tamper(request: Message, reply: Message) -> list[Message]:
-        values = reply_from_record(reply.content).__dict__ | changes
-        return [Message(reply_to_record(TrainReply(**values)), reply_to=request)]
-
-    return tamper
-
-
-def metric(**changes: Any) -> Tamper:
-    """The honest reply with raw numbers changed (None removes one)."""
-
-    def tamper(request: Message, reply: Message) -> list[Message]:
-        metrics = dict(reply.content["metrics"])
-        for name, value in changes.items():
-            metrics[name.replace("_", "-")] = value
-        kept = {name: value for name, value in metrics.items() if value is not None}
-        plain = not any(isinstance(value, (bool, str)) for value in kept.values())
-        kind = MetricRecord if plain else ConfigRecord
-        reply.content["metrics"] = kind(kept)
-        return [Message(reply.content, reply_to=request)]
-
-    return tamper
-
-
-def arrays(change: Callable[[dict[str, Array]], Any]) -> Tamper:
-    """The honest reply with its arrays changed in place."""
-
-    def tamper(request: Message, reply: Message) -> list[Message]:
-        held = dict(reply.content["payload"])
-        change(held)
-        reply.content["payload"] = ArrayRecord(held)
-        return [Message(reply.content, reply_to=request)]
-
-    return tamper
-
-
-def of_kind(name: str, record: Any) -> Tamper:
-    """The honest reply with one record replaced by one of another kind."""
-
-    def tamper(request: Message, reply: Message) -> list[Message]:
-        content = RecordDict(dict(reply.content))
-        content[name] = record
-        return [Message(content, reply_to=request)]
-
-    return tamper
-
-
-def empty(request: Message, reply: Message) -> list[Message]:
-    """A reply without any record."""
-    return [Message(RecordDict(), reply_to=request)]
-
-
-def failure(reason: str) -> Tamper:
-    """An error message."""
-    return lambda request, reply: [Message(Error(2, reason), reply_to=request)]
-
-
-def silence(request: Message, reply: Message) -> list[Message]:
-    """Nothing at all."""
-    return []
-
-
-def from_elsewhere(request: Message, reply: Message) -> list[Message]:
-    """The reply under the name of a node that was not asked."""
-    reply.metadata.__dict__["_src_node_id"] = 999
-    return [reply]
-
-
-def huge(numbers: Tensor) -> bytes:
-    """An update frame of these numbers in block 0."""
-    return pack({0: numbers}, toy_manifest(), round=1)
-
-
-def honest_frame(round: int = 1) -> bytes:
-    """The attacker's honest update, under a round of choice."""
-    return pack(toy_update(11), toy_manifest(), round=round)
-
-
-SMALLER = Manifest.of({key: torch.zeros(5) for key in range(9)})
-FEWER = Manifest.of({0: torch.zeros(6)})
-FOREIGN = Array(dtype="float32", shape=(6,), stype="numpy.ndarray", data=bytes(24))
-
-ATTACKS: dict[str, tuple[Tamper, str]] = {
-    "truncated frame": (altered(update=honest_frame()[:-3]), "frame_length"),
-    "empty frame": (altered(update=b""), "truncated"),
-    "garbage frame": (altered(update=b"\xff" * 300), "magic"),
-    "flipped bit": (altered(update=honest_frame()[:-8] + bytes(8)), "body_hash"),
-    "nan values": (altered(update=huge(torch.full((6,), torch.nan))), "nonfinite"),
-    "inf values": (altered(update=huge(torch.full((6,), torch.inf))), "nonfinite"),
-    "huge values": (altered(update=huge(torch.full((6,), 1e30))), "update_range"),
-    "wrong shape": (
-        altered(update=pack({0: torch.ones(5)}, SMALLER, round=1)),
-        "fingerprint",
-    ),
-    "fewer tensors": (
-        altered(update=pack({0: torch.ones(6)}, FEWER, round=1)),
-        "fingerprint",
-    ),
-    "no experts": (altered(update=pack({}, toy_manifest(), round=1)), "empty_update"),
-    "oversized update": (altered(update=bytes(5000)), "budget"),
-    "stale round": (altered(update=honest_frame(0)), "round"),
-    "future round": (altered(update=honest_frame(2)), "round"),
-    "stale usage": (altered(usage=pack_usage(toy_counts(), round=3)), "round"),
-    "boastful usage": (
-        altered(usage=pack_usage(toy_counts(1, 4000), round=1)),
-        "usage_range",
-    ),
-    "boastful layer": (
-        altered(usage=pack_usage(toy_counts(1, 60), round=1)),
-        "usage_range",
-    ),
-    "wrong graph version": (altered(graph_version=4), "graph_version"),
-    "no examples": (altered(examples=0), "examples"),
-    "negative examples": (altered(examples=-5), "examples"),
-    "float examples": (metric(examples=2.5), "reply_shape"),
-    "nan examples": (metric(examples=float("nan")), "reply_shape"),
-    "bool examples": (metric(examples=True), "reply_shape"),
-    "text examples": (metric(examples="8"), "reply_shape"),
-    "endless examples": (metric(examples=10**5000), "reply_shape"),
-    "no examples key": (metric(examples=None), "reply_shape"),
-    "huge tokens": (altered(tokens=10**12), "tokens"),
-    "nan loss": (altered(train_loss=float("nan")), "train_loss"),
-    "huge loss": (altered(train_loss=1e308), "train_loss"),
-    "endless loss": (metric(train_loss=10**400), "reply_shape"),
-    "missing update": (arrays(lambda held: held.pop("update")), "reply_shape"),
-    "missing usage": (arrays(lambda held: held.pop("usage")), "reply_shape"),
-    "wrong stype": (arrays(lambda held: held.update(update=FOREIGN)), "reply_shape"),
-    "numbers as payload": (
-        of_kind("payload", MetricRecord({"update": 1})),
-        "reply_shape",
-    ),
-    "bytes as payload": (
-        of_kind("payload", ConfigRecord({"update": b"x", "usage": b"y"})),
-        "reply_shape",
-    ),
-    "arrays as metrics": (
-        of_kind("metrics", ArrayRecord({"graph-version": FOREIGN})),
-        "reply_shape",
-    ),
-    "no records": (empty, "reply_shape"),
-    "error": (failure("RuntimeError: out of memory\nTraceback"), "client_error"),
-    "error without words": (failure(" \n "), "client_error"),
-    "flooding error": (failure("\x1b[31mred\n" * 100_000), "client_error"),
-    "no reply": (silence, "no_reply"),
-}
-
-
-@pytest.fixture(scope="module")
-def without_attacker(tmp_path_factory: pytest.TempPathFactory) -> Federation:
-    """The round as it is when the attacker says nothing."""
-    federation = Federation(tmp_path_factory.mktemp("honest"))
-    federation.run(silence)
-    return federation
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_is_refused_with_its_reason_and_changes_no_bit(
-    tmp_path: Path, without_attacker: Federation, name: str
-) -> None:
-    tamper, reason = ATTACKS[name]
-    federation = Federation(tmp_path)
-    federation.run(tamper)
-    refused = federation.refused()
-    assert [(item["client"], item["reason"]) for item in refused] == [
-        (ATTACKER, reason)
-    ]
-    detail = refused[0]["detail"]
-    assert 0 < len(detail) <= 2000
-    assert all(letter.isprintable() or letter == "\n" for letter in detail)
-    assert_same_bits(federation.tensors(), without_attacker.tensors())
-    row = metrics_row(federation.reports[0])
-    assert (row["clients"], row["refused"]) == (CLIENTS - 1, 1)
-    assert row["perplexity"] == {"python": pytest.approx(7.389, abs=1e-3)}
-
-
-def test_foreign_keys_in_a_reply_are_not_read(tmp_path: Path) -> None:
-    honest, other = Federation(tmp_path / "a"), Federation(tmp_path / "b")
-    honest.run()
-    other.run(arrays(lambda held: held.update(evil=FOREIGN)))
-    assert other.refused() == []
-    assert_same_bits(honest.tensors(), other.tensors())
-
-
-def test_a_reply_of_an_unasked_node_is_refused(
-    tmp_path: Path, without_attacker: Federation
-) -> None:
-    federation = Federation(tmp_path)
-    federation.run(from_elsewhere)
-    found = [(item["client"], item["reason"]) for item in federation.refused()]
-    assert found == [(-1, "unasked"), (ATTACKER, "no_reply")]
-    assert "999" in federation.refused()[0]["detail"]
-    assert_same_bits(federation.tensors(), without_attacker.tensors())
-
-
-def test_a_second_reply_of_a_node_is_refused(tmp_path: Path) -> None:
-    honest, federation = Federation(tmp_path / "a"), Federation(tmp_path / "b")
-    honest.run()
-    federation.run(lambda request, reply: [reply, *altered(examples=3)(request, reply)])
-    found = [(item["client"], item["reason"]) for item in federation.refused()]
-    assert found == [(ATTACKER, "duplicate")]
-    assert_same_bits(federation.tensors(), honest.tensors())
-
-
-def test_huge_example_counts_are_capped(tmp_path: Path) -> None:
-    few, many = (
-        Federation(tmp_path / name, "federation.max_examples=5") for name in "ab"
-    )
-    few.run(altered(examples=5))
-    many.run(altered(examples=2**62))
-    assert many.refused() == []
-    assert_same_bits(few.tensors(), many.tensors())
 
 
 def test_later_rounds_go_on_with_the_client_that_was_refused(tmp_path: Path) -> None:
@@ -422,17 +54,6 @@ def test_a_client_that_kept_up_gets_edits_and_others_the_full_graph(
     assert sizes == [True, False, False]
     rows = [metrics_row(report) for report in federation.reports]
     assert rows[0]["bytes_down"] == CLIENTS * rows[0]["bytes_down_per_client"]
-
-
-def fails_times(times: int) -> Tamper:
-    """Silent a number of times, honest after."""
-    left = [times]
-
-    def tamper(request: Message, reply: Message) -> list[Message]:
-        left[0] -= 1
-        return [] if left[0] >= 0 else [reply]
-
-    return tamper
 
 
 def test_a_round_with_too_few_replies_is_tried_once_more(tmp_path: Path) -> None:
@@ -462,6 +83,7 @@ def test_a_second_failure_stops_with_the_checkpoint_before_intact(
         assert part in message
     assert "--resume" in message and "lines" not in message
     assert federation.grid.calls == 3
+    assert federation.grid.asked == 3 + 2 * (3 + 1)
     assert federation.strategy.state is federation.states[1]
     path = latest_checkpoint(tmp_path / "checkpoints")
     assert path is not None
@@ -494,63 +116,6 @@ def test_sampled_clients_depend_on_seed_and_round_alone(
     assert len({client for _, client in asked[0]}) > 1
 
 
-SCORED: list[tuple[dict[str, Any], dict[str, int]]] = [
-    ({"nll.python": 20.0, "tokens.python": 10}, {"python": 10}),
-    ({"nll.evil": 20.0, "tokens.evil": 10}, {}),
-    ({"nll.python": float("nan"), "tokens.python": 10}, {}),
-    ({"nll.python": float("inf"), "tokens.python": 10}, {}),
-    ({"nll.python": -1.0, "tokens.python": 10}, {}),
-    ({"nll.python": 1e300, "tokens.python": 10}, {}),
-    ({"nll.python": 10**400, "tokens.python": 10}, {}),
-    ({"nll.python": 20.0, "tokens.python": 0}, {}),
-    ({"nll.python": 20.0, "tokens.python": 10**9}, {}),
-    ({"nll.python": 20.0, "tokens.python": 2.5}, {}),
-    ({"nll.python": 20.0}, {}),
-    ({"nll.python": [1.0], "tokens.python": 10}, {}),
-    ({"nll": 20.0, "tokens": 10}, {}),
-]
-
-
-def reply_from(node: int, content: RecordDict) -> Message:
-    """An evaluation reply of a node."""
-    grid = EmbeddedGrid(ClientApp, [{}] * 10, {})
-    request = grid.create_message(RecordDict(), "evaluate", node, "1")
-    return Message(content, reply_to=request)
-
-
-@pytest.mark.parametrize(("metrics", "tokens"), SCORED)
-def test_scores_that_cannot_be_are_left_out(
-    metrics: dict[str, Any], tokens: dict[str, int]
-) -> None:
-    content = RecordDict({"metrics": MetricRecord(metrics)})
-    found = strategy_module.sum_scores(
-        [reply_from(FIRST_NODE, content)],
-        nodes={FIRST_NODE},
-        domains={"python", "pydoc"},
-        most_tokens=100,
-    )
-    assert {name: score.tokens for name, score in found.items()} == tokens
-
-
-def test_scores_count_once_for_every_node_that_was_asked() -> None:
-    def content(nll: float) -> RecordDict:
-        values = {"nll.python": nll, "tokens.python": 10}
-        return RecordDict({"metrics": MetricRecord(values)})
-
-    replies = [
-        reply_from(102, content(1.0)),
-        reply_from(100, content(2.0)),
-        reply_from(102, content(40.0)),
-        reply_from(109, content(800.0)),
-        reply_from(101, RecordDict()),
-        reply_from(103, RecordDict({"metrics": ArrayRecord({"nll.python": FOREIGN})})),
-    ]
-    found = strategy_module.sum_scores(
-        replies, nodes={100, 101, 102, 103}, domains={"python"}, most_tokens=10
-    )
-    assert found["python"].nll == 3.0 and found["python"].tokens == 20
-
-
 def test_a_client_that_cannot_score_is_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -564,111 +129,120 @@ def test_a_client_that_cannot_score_is_told_of(
     assert record.getMessage().endswith("ValueError: no text")
 
 
-def answering(answers: list[Any]) -> EmbeddedGrid:
-    """A grid whose nodes name these clients (None: an error)."""
-    app = ClientApp()
+def test_the_first_score_of_every_node_counts() -> None:
+    grid = EmbeddedGrid(ClientApp, [{}] * 4, {})
 
-    @app.query()
-    def query(message: Message, context: Context) -> Message:
-        answer = answers[int(context.node_config["client"])]
-        if answer is None:
-            raise ValueError("no shard here")
-        content = RecordDict({"metrics": MetricRecord({"client": answer})})
-        return Message(content, reply_to=message)
+    def reply_from(node: int, content: RecordDict) -> Message:
+        request = grid.create_message(RecordDict(), "evaluate", node, "1")
+        return Message(content, reply_to=request)
 
-    nodes = [{"client": index} for index in range(len(answers))]
-    return EmbeddedGrid(lambda: app, nodes, {})
+    def content(nll: float) -> RecordDict:
+        return RecordDict({"metrics": MetricRecord({"nll.python": nll})})
+
+    replies = [
+        reply_from(102, content(1.0)),
+        reply_from(100, content(2.0)),
+        reply_from(102, content(40.0)),
+        reply_from(101, RecordDict()),
+        reply_from(103, RecordDict({"metrics": ArrayRecord({"nll.python": FOREIGN})})),
+    ]
+    found = reported_scores(1, replies)
+    assert found.pop(103).keys() == {"nll.python"}
+    assert found == {102: {"nll.python": 1.0}, 100: {"nll.python": 2.0}, 101: {}}
 
 
-def test_enrolment_finds_each_client_under_any_node(tmp_path: Path) -> None:
-    strategy = Federation(tmp_path).strategy
-    strategy.enrol(answering([2, 0, -1, 1, 7, 1.5]))
-    assert strategy._clients == {100: 2, 101: 0, 103: 1}
+def broken(*attempts: int) -> Tamper:
+    """Errors at these attempts (from 0) of every request, honest at others."""
+
+    def tamper(request: Message, reply: Message) -> list[Message]:
+        content = request.content
+        attempt = int(content[ATTEMPT]["number"]) if ATTEMPT in content else 0
+        if attempt in attempts:
+            return failure("RuntimeError: out of memory")(request, reply)
+        return [reply]
+
+    return tamper
 
 
-@pytest.mark.parametrize(
-    ("answers", "words"),
-    [
-        ([0, 1, 1, 2], "two nodes hold client 1"),
-        ([0, 1, None], r"clients \[2\] are not there .*no shard here"),
-        ([0, 1, 5], r"clients \[2\] are not there"),
-    ],
-)
-def test_enrolment_says_what_is_missing(
-    tmp_path: Path, answers: list[Any], words: str
+@pytest.mark.faults
+def test_a_client_that_failed_is_asked_again_within_its_round(tmp_path: Path) -> None:
+    options = ("federation.rounds=3", "federation.retries=2")
+    honest = Federation(tmp_path / "a", *options)
+    honest.run()
+    federation = Federation(tmp_path / "b", *options)
+    federation.run(broken(0, 1), rounds=(2,))
+    assert federation.grid.asked == honest.grid.asked + 2
+    assert federation.refused(2) == []
+    assert_same_bits(federation.tensors(), honest.tensors())
+    before, after = metrics_row(honest.reports[1]), metrics_row(federation.reports[1])
+    assert after["bytes_down"] > before["bytes_down"]
+    assert after["bytes_down_per_client"] == before["bytes_down_per_client"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_client_that_fails_once_too_often_is_refused(
+    tmp_path: Path, retries: int
 ) -> None:
-    with pytest.raises(FederationError, match=words):
-        Federation(tmp_path).strategy.enrol(answering(answers))
+    federation = Federation(tmp_path, f"federation.retries={retries}")
+    federation.run(broken(*range(retries + 1)))
+    (item,) = federation.refused()
+    assert (item["client"], item["reason"]) == (1, "client_error")
+    assert federation.grid.asked == CLIENTS + retries
 
 
-def test_enrolment_does_not_wait_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.faults
+def test_a_client_that_lost_its_disk_gets_the_graph_when_asked_again(
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(strategy_module, "ENROL_SECONDS", 0.2)
-    with pytest.raises(FederationError, match="1 of 3 clients are connected"):
-        Federation(tmp_path).strategy.enrol(answering([0]))
+    federation = Federation(tmp_path, "federation.rounds=3")
+    federation.run(
+        lambda request, reply: shutil.rmtree(tmp_path / "clients" / "client_1")
+        or [reply],
+        rounds=(2,),
+    )
+    assert federation.grid.asked == 3 * CLIENTS + 1
+    assert [federation.refused(number) for number in (1, 2, 3)] == [[], [], []]
 
 
-class ComingAndGoing(EmbeddedGrid):
-    """A grid that says at every look which of its nodes are there."""
-
-    looks: list[list[int]]
-    asked: list[list[int]]
-
-    def get_node_ids(self) -> list[int]:
-        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """Replies of the nodes that are there; the others are silent."""
-        asked = list(messages)
-        self.asked.append([message.metadata.dst_node_id for message in asked])
-        there = [m for m in asked if m.metadata.dst_node_id in self.looks[0]]
-        return super().send_and_receive(there, timeout=timeout)
+def test_what_is_known_of_clients_goes_on_after_a_resume(tmp_path: Path) -> None:
+    whole = Federation(tmp_path / "a", "federation.rounds=4")
+    whole.run()
+    first = Federation(tmp_path / "b", "federation.rounds=4")
+    first.strategy.start(first.grid, num_rounds=2)
+    second = Federation(tmp_path / "b", "federation.rounds=4")
+    second.strategy.state = first.states[-1]
+    second.strategy.recall(json.loads(json.dumps(first.strategy.memory())))
+    second.run()
+    rows = [metrics_row(item) for item in first.reports + second.reports]
+    sent = [row["bytes_down"] for row in rows]
+    assert sent == [metrics_row(item)["bytes_down"] for item in whole.reports]
+    assert_same_bits(second.tensors(), whole.tensors())
 
 
-def coming_and_going(answers: list[Any], looks: list[list[int]]) -> ComingAndGoing:
-    grid = answering(answers)
-    grid.__class__ = ComingAndGoing
-    grid.looks, grid.asked = looks, []
-    return grid
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_arrival_changes_no_bit(tmp_path: Path, seed: int) -> None:
+    options = ("federation.rounds=3", "aggregation.rule=mean")
+    ordered = Federation(tmp_path / "a", *options, clients=12)
+    ordered.run()
+    shuffled = Federation(tmp_path / "b", *options, clients=12)
+    draws = random.Random(seed)
+    shuffled.grid.order = lambda items: draws.sample(items, len(items))
+    shuffled.run()
+    assert [c for _, c, _ in shuffled.masks] != [c for _, c, _ in ordered.masks]
+    assert_same_bits(shuffled.tensors(), ordered.tensors())
+    for number in (1, 2, 3):
+        name = f"merge_round{number}.json"
+        assert (tmp_path / "b" / name).read_text() == (
+            tmp_path / "a" / name
+        ).read_text()
 
 
-def test_enrolment_waits_as_long_as_nodes_keep_arriving(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(strategy_module, "ENROL_SECONDS", 0.7)  # a look takes 0.5 s
-    nodes = [100, 101, 102, 103]
-    grid = coming_and_going([0, 1, 2, 3], [nodes[:n] for n in range(5)])
-    clients = strategy_module.enrol_clients(grid, 4)
-    assert clients == {100: 0, 101: 1, 102: 2, 103: 3}
-
-
-def test_enrolment_asks_a_silent_client_again_while_others_answer() -> None:
-    both, one = [100, 101], [100]
-    grid = coming_and_going([0, 1], [both, one, both])
-    grid.looks = [both, one, both]
-    real, turns = grid.send_and_receive, iter([one, both])
-
-    def answer(messages: Iterable[Message], *, timeout: float | None = None) -> Any:
-        grid.looks = [next(turns)]
-        replies = real(messages, timeout=timeout)
-        grid.looks = [both]
-        return replies
-
-    grid.send_and_receive = answer
-    assert strategy_module.enrol_clients(grid, 2) == {100: 0, 101: 1}
-    assert grid.asked == [both, [101]]
-
-
-def test_a_client_is_found_under_its_new_node_and_nobody_else_is_asked() -> None:
-    grid = coming_and_going([0, 1, 1, 7], [[100, 102, 103]])
-    before = {100: 0, 101: 1}
-    assert strategy_module.renew_clients(grid, before) == {100: 0, 102: 1}
-    assert grid.asked == [[102, 103]]
-    grid.looks, grid.asked = [[100, 101, 102]], []
-    assert strategy_module.renew_clients(grid, before) == before
-    grid.looks = [[100]]
-    assert strategy_module.renew_clients(grid, before) == before
-    assert grid.asked == []
+@pytest.mark.faults
+def test_fifty_clients_some_of_which_fail(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, "federation.rounds=2", clients=50)
+    federation.grid.attackers = tuple(range(0, 50, 7))
+    federation.run(broken(0, 1), rounds=(1, 2))
+    assert len(federation.refused(2)) == 8
+    assert federation.grid.asked == 2 * (50 + 8)
+    assert not (tmp_path / "spool").exists()

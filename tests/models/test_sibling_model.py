@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from samv2.common.errors import ModelError
 from samv2.experts.moe_layers import WalkOptions
 from samv2.experts.sibling_gate import NEVER
-from samv2.models.adapters import assembler_id, gate_id, layers_of_blocks
+from samv2.models.adapters import assembler_id, block_layers, gate_id
 from samv2.models.expert_model import ExpertCache, ExpertModel
 from samv2.models.save import load_expert_model, save_expert_model
 from tests.helpers import assert_close, convert, logits_of, randn, stir
@@ -160,7 +160,8 @@ def test_blocks_round_trip_and_are_one_sibling_each(model: ExpertModel) -> None:
 
 def test_every_expert_block_has_its_layer(model: ExpertModel) -> None:
     layers = model.expert_layers
-    found = layers_of_blocks(layers)
+    assembler, found = block_layers(len(layers), 8, 3)
+    assert assembler == assembler_id(layers)
     assert found.keys() == set(model.read_blocks()) - {
         assembler_id(layers),
         gate_id(layers),
