@@ -49,6 +49,8 @@ class ValidReply:
     tokens: int
     usage: bytes = b""
     """The frame that ``counts`` came in."""
+    seconds: float = 0.0
+    """What the client says its training took."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from samv2.federated.client_round import (
     edits_to_json,
     pack_graph,
 )
+from samv2.federated.client_rows import tell_replies
 from samv2.federated.grid import (
     counts_from_record,
     counts_request,
@@ -50,6 +51,7 @@ from samv2.federated.server_merge import (
 )
 from samv2.federated.siblings import fit_siblings, unpack_counts
 from samv2.federated.validate import LARGEST_LOSS, validate_reply
+from samv2.federated.waiting import Waiting
 from samv2.models.perplexity import Score
 from samv2.updates.packing import Manifest
 
@@ -72,7 +74,12 @@ class RoundReport:
     bytes_down_all: int
     """The same of all clients asked; of the second try where there were two."""
     seconds: dict[str, float]
-    """Wall time by phase: train, merge, evaluate."""
+    """Wall time by phase: train, merge, evaluate; and ``server``, the time of all phases
+    that was not spent waiting for clients."""
+    asked: dict[int, int] = field(default_factory=dict)
+    """Payload bytes sent to each client that was asked to train."""
+    waited: dict[int, float] = field(default_factory=dict)
+    """Seconds from asking to a client's reply, where replies come one by one."""
 
 
 @dataclass
@@ -83,6 +90,8 @@ class _Round:
     """{node id: client} of the clients asked."""
     bytes_down: int = 0
     bytes_down_all: int = 0
+    asked: dict[int, int] = field(default_factory=dict)
+    """{client: bytes sent to it}."""
 
 
 class TooFewReplies(FederationError):
@@ -114,6 +123,7 @@ class SamStrategy(Strategy):
         on_start: called with the held-out scores before the first round of this call.
         on_round: called after every round with the new state and its report; the place
             for checkpoints and logs.
+        on_event: told what happens within a round, by name, as keywords of JSON values.
     """
 
     def __init__(
@@ -125,6 +135,7 @@ class SamStrategy(Strategy):
         visits: Sequence[int] | None = None,
         on_start: Callable[[dict[str, Score]], None] | None = None,
         on_round: Callable[[ServerState, RoundReport], None] | None = None,
+        on_event: Callable[..., None] | None = None,
     ) -> None:
         self.state = state
         self.manifest = manifest
@@ -132,6 +143,8 @@ class SamStrategy(Strategy):
         self.visits = visits
         self._on_start = on_start
         self._on_round = on_round
+        self._tell = on_event or (lambda name, **fields: None)
+        self._waiting = Waiting()
         self._clients: dict[int, int] = {}
         self._known_version: dict[int, int] = {}
         self._current = _Round()
@@ -180,6 +193,7 @@ class SamStrategy(Strategy):
 
     def _one_round(self, grid: Grid, timeout: float) -> None:
         begin = time.perf_counter()
+        self._waiting.restart()
         current = self.state.round + 1
         replies = self._train(grid, current, timeout)
         trained = time.perf_counter()
@@ -199,18 +213,26 @@ class SamStrategy(Strategy):
                 "merge": merged - trained,
                 "evaluate": time.perf_counter() - merged,
             }
+            seconds["server"] = sum(seconds.values()) - self._waiting.seconds
+            nodes, arrivals = self._current.nodes, self._waiting.arrivals
             report = RoundReport(
                 merge=self._merge,
                 scores=scores,
                 bytes_down=self._current.bytes_down,
                 bytes_down_all=self._current.bytes_down_all,
                 seconds=seconds,
+                asked=self._current.asked,
+                waited={nodes[n]: t for n, t in arrivals.items() if n in nodes},
             )
             self._on_round(self.state, report)
 
     def _train(self, grid: Grid, current: int, timeout: float) -> Iterable[Message]:
         messages = self.configure_train(current, ArrayRecord(), ConfigRecord(), grid)
-        return grid.send_and_receive(messages, timeout=timeout)
+        self._tell("round_started", round=current, clients=list(self._current.asked))
+        return self._waiting(
+            lambda: grid.send_and_receive(messages, timeout=timeout),
+            sender=lambda reply: reply.metadata.src_node_id,
+        )
 
     def enrol(self, grid: Grid) -> None:
         """Wait for the run's clients, see :func:`enrol_clients`."""
@@ -271,6 +293,7 @@ class SamStrategy(Strategy):
             size = request_bytes(request)
             self._current.bytes_down = max(self._current.bytes_down, size)
             self._current.bytes_down_all += size
+            self._current.asked[self._current.nodes[node]] = size
             messages.append(
                 message_to(
                     grid,
@@ -292,6 +315,7 @@ class SamStrategy(Strategy):
                 unchanged.
         """
         valid, refusals = self._sort_replies(replies)
+        tell_replies(self._tell, server_round, valid, refusals)
         needed = self.settings.federation.min_replies
         if len(valid) < needed:
             # Clients read the state before this round again when it is tried again.
@@ -359,7 +383,9 @@ class SamStrategy(Strategy):
 
     def _evaluate(self, grid: Grid, current: int, timeout: float) -> dict[str, Score]:
         messages = self.configure_evaluate(current, ArrayRecord(), ConfigRecord(), grid)
-        replies = grid.send_and_receive(messages, timeout=timeout)
+        replies = self._waiting(
+            lambda: grid.send_and_receive(messages, timeout=timeout)
+        )
         self.aggregate_evaluate(current, replies)
         return self._scores
 

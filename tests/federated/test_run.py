@@ -75,9 +75,11 @@ def test_the_directory_holds_every_file(finished: Path) -> None:
     assert names == {
         "checkpoints",
         "clients",
+        "clients.jsonl",
         "cluster_stats.txt",
         "config.toml",
         "expert_call_trace.json",
+        "log.jsonl",
         "mask_debug.npy",
         "merge_round1.json",
         "merge_round2.json",
@@ -179,7 +181,7 @@ def test_metrics_have_the_agreed_keys(finished: Path) -> None:
         keys = ("bytes_up", "bytes_down", "clients", "refused", "train_loss")
         assert all(isinstance(row[key], (int, float)) for key in keys)
         assert list(row["perplexity"]) == ["pydoc", "python"]
-        assert set(row["seconds"]) == {"train", "merge", "evaluate"}
+        assert set(row["seconds"]) == {"train", "merge", "evaluate", "server"}
         assert row["clients"] == 2 and row["refused"] == 0
         assert 0 < row["bytes_up_per_client"] <= row["bytes_up"]
         assert row["bytes_up"] <= 2 * row["bytes_up_per_client"]
