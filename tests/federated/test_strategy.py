@@ -360,6 +360,31 @@ def test_an_attack_is_refused_with_its_reason_and_changes_no_bit(
     assert row["perplexity"] == {"python": pytest.approx(7.389, abs=1e-3)}
 
 
+def test_a_round_tells_whom_it_asked_and_what_came(tmp_path: Path) -> None:
+    found = Federation(tmp_path)
+    events: list[tuple[str, dict[str, Any]]] = []
+    found.strategy = SamStrategy(
+        found.states[0],
+        toy_manifest(),
+        found.settings,
+        on_round=found._on_round,
+        on_event=lambda name, **fields: events.append((name, fields)),
+    )
+    found.run(failure("out of memory"))
+    assert [name for name, _ in events] == ["round_started", "replies", "refused"]
+    asked = {"round": 1, "clients": list(range(CLIENTS))}
+    assert events[0][1] == asked
+    assert events[1][1]["clients"] == [0, 2]
+    assert events[2][1]["client"] == ATTACKER
+    (report,) = found.reports
+    assert list(report.asked) == asked["clients"]
+    assert sum(report.asked.values()) == report.bytes_down_all
+    assert max(report.asked.values()) == report.bytes_down
+    phases = sum(report.seconds[name] for name in ("train", "merge", "evaluate"))
+    assert 0 < report.seconds["server"] < phases
+    assert [reply.seconds for reply in report.merge.replies] == [0.1, 0.1]
+
+
 def test_foreign_keys_in_a_reply_are_not_read(tmp_path: Path) -> None:
     honest, other = Federation(tmp_path / "a"), Federation(tmp_path / "b")
     honest.run()
