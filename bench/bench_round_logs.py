@@ -39,8 +39,8 @@ from samv2.updates.packing import Manifest, inspect, pack
 LAYERS, EXPERTS, CLIENTS = 30, 16, 50
 BLOCK = 3 * 96 * 8 + 576 + 2 + EXPERTS
 """Numbers of an expert's block: 96 rows of rank 8, width 576."""
-SENT = 100
-"""Blocks a client sends, 250 kB in int8."""
+SENT = 84
+"""Blocks a client sends, as many as fit the default budget in int8."""
 MOST_SECONDS, MOST_FOR_PICTURE = 1.0, 0.3
 
 

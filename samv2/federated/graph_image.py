@@ -5,7 +5,7 @@ Shapes: L layers, E experts, (H, W, 3) uint8 pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import matplotlib
 import numpy as np
@@ -19,8 +19,8 @@ from samv2.experts.graph import Edit, ExpertGraph
 HEIGHT, WIDTH, DPI = 800, 1280, 100
 MAPS = (16, 44, 800, 740)
 """Pixels that the layers' maps may take: left, top, width, height."""
-GAP, LABEL = 4, 12
-"""Pixels between maps, and above each for its number."""
+GAP, LABEL, LEAST_NAMED = 4, 12, 24
+"""Pixels between maps, above each for its number, and of a side that has a number."""
 KEPT, PRUNED, PROMOTED = (0.9, 0.9, 0.9), (0.84, 0.19, 0.15), (0.17, 0.63, 0.17)
 """Colours of an edge that is there and was not walked, and of this round's edits."""
 INK = "#333333"
@@ -54,12 +54,22 @@ def draw_graph(
     colours_LEE3 = edge_colours(used_LEE, graph.edge_mask_LEE.numpy(), edits)
     figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    _draw_maps(figure, colours_LEE3, round)
-    steps_L = np.triu(used_LEE, k=1).sum(axis=(1, 2))
-    layer = int(steps_L.argmax())
+    what = (
+        f"Round {round}: edges walked, a map a layer (row to column; darker: more; grey: "
+        "never; green: added now, red: removed now)"
+    )
+    _write(figure, MAPS[0], 20, what)
+    maps = list(_maps(colours_LEE3))
+    for layer, (x, y, tile) in enumerate(maps):
+        if len(tile) >= LEAST_NAMED:
+            _write(figure, x, y - 2, str(layer), 7)
+    layer = int(np.triu(used_LEE, k=1).sum(axis=(1, 2)).argmax())
     _draw_layer(figure, layer, used_LEE[layer], graph.order_LE[layer].tolist())
     canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    for x, y, tile in maps:
+        pixels[y : y + len(tile), x : x + len(tile)] = np.round(255 * tile)
+    return pixels
 
 
 def edge_colours(
@@ -82,30 +92,20 @@ def edge_colours(
     return colours_LEE3
 
 
-def _draw_maps(figure: Figure, colours_LEE3: np.ndarray, round: int) -> None:
-    left, top, width, height = MAPS
+def _maps(colours_LEE3: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """x and y of each layer's map, and its colours; whole pixels an edge."""
+    left, top, _, _ = MAPS
     layers, experts = colours_LEE3.shape[:2]
     columns, side = grid_of(layers, experts)
-    scale = side // experts
-    steps = -(-experts // side) if scale == 0 else 1
-    canvas = np.ones((height, width, 3))
-    for layer in range(layers):
+    for layer, tile in enumerate(colours_LEE3):
         row, column = divmod(layer, columns)
-        y, x = row * (side + GAP + LABEL) + LABEL, column * (side + GAP)
-        tile = colours_LEE3[layer]
-        if scale:
-            tile = tile.repeat(scale, axis=0).repeat(scale, axis=1)
+        if side < experts:
+            tile = _shrunk(tile, -(-experts // side))
         else:
-            tile = _shrunk(tile, steps)
-        canvas[y : y + len(tile), x : x + tile.shape[1]] = tile
-        if side >= 24:
-            _write(figure, left + x, top + y - 2, str(layer), 7)
-    figure.figimage(canvas, xo=left, yo=HEIGHT - top - height)
-    what = (
-        f"Round {round}: edges walked, a map a layer (row to column; darker: more; grey: "
-        "never; green: added now, red: removed now)"
-    )
-    _write(figure, left, 20, what)
+            scale = side // experts
+            tile = tile.repeat(scale, axis=0).repeat(scale, axis=1)
+        x = left + column * (side + GAP)
+        yield x, top + row * (side + GAP + LABEL) + LABEL, tile
 
 
 def grid_of(layers: int, experts: int) -> tuple[int, int]:
