@@ -70,47 +70,76 @@ def progress_bar(console: Console, text: str, total: int) -> Iterator[Any]:
         yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
-class MetricsLog:
-    """Appends one JSON object a round, and mirrors its numbers to TensorBoard.
+class RowsFile:
+    """Appends one JSON object a round to a file.
 
     Args:
-        folder: the run directory.
+        path: the file.
         keep_rounds: rounds up to this one are kept from an earlier start of the run;
             later ones will be run again and are dropped.
     """
 
-    def __init__(self, folder: Path, *, keep_rounds: int = -1) -> None:
-        self.path = Path(folder) / METRICS
-        kept = [row for row in read_metrics(folder) if row["round"] <= keep_rounds]
+    def __init__(self, path: Path, *, keep_rounds: int = -1) -> None:
+        self.path = Path(path)
+        kept = [row for row in read_rows(path) if row["round"] <= keep_rounds]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_bytes(self.path, text.encode())
-        self._writer = SummaryWriter(
-            str(Path(folder) / EVENTS), purge_step=keep_rounds + 1
-        )
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Add a round's object; it must hold ``round``; NaN and infinity become null."""
+    def write(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Add a round's object; it must hold ``round``.
+
+        Returns:
+            What was written: NaN and infinity are null.
+        """
         clean = _without_nonfinite(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        return clean
+
+
+class MetricsLog:
+    """Appends one JSON object a round, and mirrors its numbers to TensorBoard.
+
+    Args:
+        folder: the run directory.
+        keep_rounds: as for :class:`RowsFile`.
+    """
+
+    def __init__(self, folder: Path, *, keep_rounds: int = -1) -> None:
+        self._file = RowsFile(Path(folder) / METRICS, keep_rounds=keep_rounds)
+        self.path = self._file.path
+        self.writer = SummaryWriter(
+            str(Path(folder) / EVENTS), purge_step=keep_rounds + 1
+        )
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add a round's object; it must hold ``round``; NaN and infinity become null.
+
+        What ``writer`` was given before is flushed with it.
+        """
+        clean = self._file.write(row)
         for name, value in _scalars(clean):
-            self._writer.add_scalar(name, value, row["round"])
-        self._writer.flush()
+            self.writer.add_scalar(name, value, row["round"])
+        self.writer.flush()
 
     def close(self) -> None:
         """Close the TensorBoard file."""
-        self._writer.close()
+        self.writer.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``, up to the first line that is damaged."""
-    path = Path(folder) / METRICS
-    if not path.is_file():
+    """The rows of ``metrics.jsonl``, see :func:`read_rows`."""
+    return read_rows(Path(folder) / METRICS)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a :class:`RowsFile`, up to the first line that is damaged."""
+    if not Path(path).is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

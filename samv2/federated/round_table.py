@@ -1,15 +1,21 @@
-"""The live table of a run: one row a round while it goes on."""
+"""The live table of a run: one row a round while it goes on, clients where it matters."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from samv2.federated.client_lines import Line, client_lines
+
+PHASES = ("train", "merge", "evaluate")
+"""Of a round, one after the other; ``seconds`` of ``metrics.jsonl`` holds more."""
 
 
 class RoundTable:
@@ -20,11 +26,17 @@ class RoundTable:
     Args:
         console: where to.
         rounds: rounds of the run, for the title.
+        verbose: show every client of every round; None: where debug messages are shown.
     """
 
-    def __init__(self, console: Console, rounds: int) -> None:
+    def __init__(
+        self, console: Console, rounds: int, *, verbose: bool | None = None
+    ) -> None:
+        if verbose is None:
+            verbose = logging.getLogger("samv2").isEnabledFor(logging.DEBUG)
         self._console = console
         self._rounds = rounds
+        self._verbose = verbose
         self._table: Table | None = None
         self._domains: list[str] = []
         self._live = Live(console=console, auto_refresh=False)
@@ -54,25 +66,44 @@ class RoundTable:
         if self._table is None:
             self._add("start", perplexity, ["", "", "", "", ""])
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Show one finished round, an object of ``metrics.jsonl``."""
+    def add(
+        self, row: Mapping[str, Any], clients: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Show one finished round.
+
+        Args:
+            row: of ``metrics.jsonl``.
+            clients: the round's of ``clients.jsonl``; refused ones are always named.
+        """
         cells = [
             f"{row['train_loss']:.3f}",
             f"{row['bytes_up_per_client'] / 1000:.1f} kB",
             str(row.get("edits", "-")),
             str(row["refused"]) if row["refused"] else "-",
-            f"{sum(row['seconds'].values()):.0f} s",
+            f"{sum(row['seconds'][phase] for phase in PHASES):.0f} s",
         ]
-        self._add(f"{row['round']}/{self._rounds}", row["perplexity"], cells)
+        lines = client_lines(clients, verbose=self._verbose)
+        name = f"{row['round']}/{self._rounds}"
+        self._add(name, row["perplexity"], cells, lines)
 
     def _add(
-        self, name: str, perplexity: Mapping[str, float | None], cells: list[str]
+        self,
+        name: str,
+        perplexity: Mapping[str, float | None],
+        cells: list[str],
+        lines: Sequence[Line] = (),
     ) -> None:
         if self._table is None:
             self._domains = list(perplexity)
             self._table = _empty(self._domains)
         shown = [_number(perplexity.get(domain)) for domain in self._domains]
         self._table.add_row(name, *shown, *cells)
+        blank = [""] * len(self._domains)
+        for line in lines:
+            loss, size, refused, seconds = map(Text, line.cells)
+            who = Text(f"  {line.name}")
+            row = (who, *blank, loss, size, "", refused, seconds)
+            self._table.add_row(*row, style=line.style)
         if self._terminal:
             self._live.update(self._table, refresh=True)
             return
@@ -83,6 +114,8 @@ class RoundTable:
             f"{label} {cell}" for label, cell in zip(labels, cells) if cell
         )
         self._console.print(f"  round {name}: {scored}{rest}".rstrip())
+        for line in lines:
+            self._console.print(Text(f"    {line}", style=line.style), soft_wrap=True)
 
 
 def _empty(domains: list[str]) -> Table:

@@ -44,6 +44,8 @@ _OWN_FOLDERS = (
 _OWN_FILES = (
     "config.toml",
     "metrics.jsonl",
+    "clients.jsonl",
+    "log.jsonl",
     "summary.json",
     "prepared.json",
     "mask_debug.npy",

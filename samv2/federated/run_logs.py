@@ -17,6 +17,7 @@ from torch import Tensor
 from samv2.common.files import write_bytes, write_json
 from samv2.common.settings import Settings
 from samv2.experts.moe_layers import WalkOptions
+from samv2.federated.client_rows import refused_by_reason
 from samv2.federated.drift import SiblingChange
 from samv2.federated.server_merge import MergeReport
 from samv2.federated.strategy import RoundReport
@@ -61,6 +62,7 @@ def metrics_row(report: RoundReport) -> dict[str, Any]:
         "round": report.merge.round,
         "clients": len(replies),
         "refused": len(report.merge.refusals),
+        "refused_by_reason": refused_by_reason(report.merge.refusals),
         "train_loss": loss,
         "perplexity": perplexities(report.scores),
         "bytes_up": sum(reply.bytes_up for reply in replies)
@@ -72,7 +74,7 @@ def metrics_row(report: RoundReport) -> dict[str, Any]:
         "experts_updated": len(report.merge.contributors),
         "sibling_changes": len(report.changes),
         "graph_version": report.merge.graph_version,
-        "seconds": report.seconds,
+        "seconds": dict(report.seconds),
     }
 
 
@@ -275,12 +277,16 @@ def build_summary(
     final: Mapping[str, float | None],
     flops_fraction: float,
     rows: Sequence[Mapping[str, Any]],
+    refusals: Mapping[str, Mapping[str, int]],
     fedit: int,
     settings: Settings,
     seconds: Mapping[str, float],
     heterogeneity: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The content of ``summary.json``; a perplexity that is not known is null."""
+    """The content of ``summary.json``; a perplexity that is not known is null.
+
+    ``refusals`` is {client: {reason: how often}}.
+    """
     parts = {"dense": dense, "start": start, "final": final}
     return {
         "model": model,
@@ -305,6 +311,7 @@ def build_summary(
         "clients": settings.federation.clients,
         "edits": sum(row["edits"] for row in rows),
         "refused": sum(row["refused"] for row in rows),
+        "refusals": {client: dict(counts) for client, counts in refusals.items()},
         "heterogeneity": dict(heterogeneity),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }

@@ -19,11 +19,13 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
+from torch import Tensor
 
 from samv2.common.config import to_flat
+from samv2.common.event_log import EventLog, event_log
 from samv2.common.files import sweep, write_json
 from samv2.common.settings import Settings
-from samv2.common.telemetry import MetricsLog, read_metrics
+from samv2.common.telemetry import read_metrics, read_rows
 from samv2.data.shards import load_calibration
 from samv2.federated.checkpoint import (
     latest_checkpoint,
@@ -35,23 +37,21 @@ from samv2.federated.client_app import (
     make_client_app,
     settings_from_run_config,
 )
+from samv2.federated.client_rows import CLIENTS, refusal_totals
 from samv2.federated.grid import EmbeddedGrid
 from samv2.federated.prepare import Prepared, prepare
 from samv2.federated.privacy import noise_key
 from samv2.federated.rehearsal import warning as rehearsal_warning
+from samv2.federated.round_board import gate_biases
+from samv2.federated.round_logs import RoundLogs, read_rounds
 from samv2.federated.round_table import RoundTable
 from samv2.federated.run_folder import RunFolder, open_run, run_model
 from samv2.federated.run_lock import sole_server
 from samv2.federated.run_logs import (
-    append_pack_sizes,
-    append_usage,
     build_summary,
     fedit_bytes,
     keep_counts,
-    keep_frames,
-    metrics_row,
     perplexities,
-    write_merge,
 )
 from samv2.federated.run_text import calibration_windows
 from samv2.federated.server_merge import ServerState, initial_state
@@ -95,7 +95,8 @@ def run_embedded(
     run = open_run(root, settings, resume=resume, overwrite=overwrite)
     for states in run.states.glob("client_*"):
         sweep(states)
-    prepared = prepare(run, settings, console)
+    with event_log(run.root):
+        prepared = prepare(run, settings, console)
     place = client_place(run, settings)
     configs = [{"client": index} for index in range(settings.federation.clients)]
     workers = settings.federation.workers or os.cpu_count() or 1
@@ -129,19 +130,40 @@ def federate(
     table: RoundTable,
 ) -> dict[str, Any]:
     """Run the rounds that are left on a grid, log each, and write the summary."""
+    with event_log(run.root) as events:
+        return _federate(run, settings, prepared, grid, table, events)
+
+
+def _federate(
+    run: RunFolder,
+    settings: Settings,
+    prepared: Prepared,
+    grid: Grid,
+    table: RoundTable,
+    events: EventLog,
+) -> dict[str, Any]:
     begin = time.perf_counter()
     if (words := rehearsal_warning(settings)) is not None:
         log.warning(words)
-    state, manifest, facts = _restore(run, settings, prepared)
+    state, manifest, facts, first_biases_LE = _restore(run, settings, prepared)
     start_scores, spent = facts["start"], facts["seconds"]
-    rows = MetricsLog(run.root, keep_rounds=state.round)
-    with closing(rows) as metrics, table:
+    logs = RoundLogs(
+        run.root,
+        settings,
+        manifest,
+        events,
+        first_biases_LE=first_biases_LE,
+        keep_rounds=state.round,
+    )
+    events.event("resumed" if state.round else "started", round=state.round)
+    with closing(logs), table:
         if start_scores is not None:
             table.start(start_scores)
-        for row in read_metrics(run.root):
-            table.add(row)
+        for row, clients in read_rounds(run.root):
+            table.add(row, clients)
 
         def checkpoint(current: ServerState) -> None:
+            began = time.perf_counter()
             extra = facts | {
                 "seconds": _add(spent, time.perf_counter() - begin),
                 "clients": strategy.memory(),
@@ -152,6 +174,8 @@ def federate(
                 model_fingerprint=prepared.fingerprint,
                 extra=extra,
             )
+            took = time.perf_counter() - began
+            events.event("checkpoint_written", round=current.round, seconds=took)
 
         def on_start(scores: dict[str, Score]) -> None:
             facts["start"] = perplexities(scores)
@@ -164,17 +188,11 @@ def federate(
             table.start(facts["start"])
 
         def on_round(current: ServerState, report: RoundReport) -> None:
-            row = metrics_row(report)
-            write_merge(run.root, report.merge, report.changes)
-            append_pack_sizes(run.root, report.merge, manifest)
-            append_usage(run.root, report.merge)
-            if settings.federation.keep_frames:
-                keep_frames(run.root, report.merge)
-            metrics.write(row)
+            row, clients = logs.write(current, report)
             checkpoint(current)
             if report.changes and current.siblings is not None:
                 write_json(run.siblings, {"clients": current.siblings.members})
-            table.add(row)
+            table.add(row, clients)
 
         strategy = SamStrategy(
             state,
@@ -186,6 +204,7 @@ def federate(
             on_start=on_start if start_scores is None else None,
             on_round=on_round,
             spool=Spool(run.spool),
+            on_event=events.event,
         )
         strategy.recall(facts["clients"])
         strategy.gate_bytes = {int(k): v for k, v in facts["gate_bytes"].items()}
@@ -249,13 +268,15 @@ def planner_of(run: RunFolder, settings: Settings) -> Planner | None:
 
 def _restore(
     run: RunFolder, settings: Settings, prepared: Prepared
-) -> tuple[ServerState, Manifest, dict[str, Any]]:
+) -> tuple[ServerState, Manifest, dict[str, Any], Tensor]:
     """State, manifest, and what is known of earlier starts: ``start`` perplexities
     (None before they are scored), ``seconds`` spent, ``gate_bytes`` by client, and what
-    the strategy remembers of ``clients``."""
+    the strategy remembers of ``clients``; and the (L, E) gate biases of the bootstrapped
+    model."""
     model, _ = load_expert_model(run_model(run, settings))
     blocks = model.read_blocks()
     manifest = Manifest.of(blocks)
+    biases_LE = gate_biases(blocks, *model.graph.edge_mask_LEE.shape[:2])
     facts: dict[str, Any] = {
         "start": None,
         "seconds": {},
@@ -264,9 +285,9 @@ def _restore(
     }
     path = latest_checkpoint(run.checkpoints)
     if path is None:
-        return initial_state(blocks, model.graph), manifest, facts
+        return initial_state(blocks, model.graph), manifest, facts, biases_LE
     state, extra = load_checkpoint(path, model_fingerprint=prepared.fingerprint)
-    return state, manifest, facts | extra
+    return state, manifest, facts | extra, biases_LE
 
 
 def _add(spent: Mapping[str, float], seconds: float) -> dict[str, float]:
@@ -289,6 +310,7 @@ def _summarise(
         final=final,
         flops_fraction=prepared.flops_fraction,
         rows=rows,
+        refusals=refusal_totals(read_rows(run.root / CLIENTS)),
         fedit=fedit_bytes(
             model_width=prepared.model_width,
             ffn_width=prepared.ffn_width,

@@ -62,6 +62,8 @@ class ValidReply:
     """All payload bytes of the reply."""
     train_loss: float
     tokens: int
+    seconds: float = 0.0
+    """What the client says its training took."""
 
 
 @dataclass(frozen=True, kw_only=True)

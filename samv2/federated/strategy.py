@@ -34,6 +34,7 @@ from samv2.federated.client_round import (
     edits_to_json,
     pack_graph,
 )
+from samv2.federated.client_rows import tell_replies
 from samv2.federated.drift import (
     SiblingChange,
     apply_changes,
@@ -88,6 +89,7 @@ from samv2.federated.siblings import fit_siblings
 from samv2.federated.spool import Spool
 from samv2.federated.subgraph import Planner
 from samv2.federated.validate import validate_reply
+from samv2.federated.waiting import Waiting
 from samv2.models.perplexity import Score
 from samv2.updates.packing import Manifest
 
@@ -110,7 +112,12 @@ class RoundReport:
     bytes_down_all: int
     """The same of all requests; of the second try where there were two."""
     seconds: dict[str, float]
-    """Wall time by phase: train, merge, evaluate."""
+    """Wall time by phase: train, merge, evaluate; and ``server``, the time of all phases
+    that was not spent waiting for clients."""
+    asked: dict[int, int] = field(default_factory=dict)
+    """Payload bytes sent to each client that was asked to train."""
+    waited: dict[int, float] = field(default_factory=dict)
+    """Seconds from asking to a client's reply, where replies come one by one."""
 
 
 @dataclass
@@ -125,6 +132,8 @@ class _Round:
     """How often each node was asked again."""
     bytes_down: int = 0
     bytes_down_all: int = 0
+    asked: dict[int, int] = field(default_factory=dict)
+    """{client: bytes sent to it}."""
 
 
 class SamStrategy(Strategy):
@@ -141,6 +150,7 @@ class SamStrategy(Strategy):
         on_round: called after every round with the new state and its report; the place
             for checkpoints and logs.
         spool: where a round's frames wait for its merge; default: in memory.
+        on_event: told what happens within a round, by name, as keywords of JSON values.
     """
 
     def __init__(
@@ -155,6 +165,7 @@ class SamStrategy(Strategy):
         on_start: Callable[[dict[str, Score]], None] | None = None,
         on_round: Callable[[ServerState, RoundReport], None] | None = None,
         spool: Spool | None = None,
+        on_event: Callable[..., None] | None = None,
     ) -> None:
         self.state = state
         self.manifest = manifest
@@ -165,6 +176,8 @@ class SamStrategy(Strategy):
         self._key = key
         self._on_start = on_start
         self._on_round = on_round
+        self._tell = on_event or (lambda name, **fields: None)
+        self._waiting = Waiting()
         self._clients: dict[int, int] = {}
         self._known_version: dict[int, int] = {}
         self._recalled: dict[int, int] = {}
@@ -225,6 +238,7 @@ class SamStrategy(Strategy):
 
     def _one_round(self, grid: Grid, timeout: float) -> None:
         begin = time.perf_counter()
+        self._waiting.restart()
         current = self.state.round + 1
         self._clients = renew_clients(grid, self._clients)
         try:
@@ -243,6 +257,8 @@ class SamStrategy(Strategy):
                 "merge": merged - self._trained,
                 "evaluate": time.perf_counter() - merged,
             }
+            seconds["server"] = sum(seconds.values()) - self._waiting.seconds
+            nodes, arrivals = self._current.nodes, self._waiting.arrivals
             report = RoundReport(
                 merge=self._merge,
                 scores=scores,
@@ -251,6 +267,8 @@ class SamStrategy(Strategy):
                 bytes_down=self._current.bytes_down,
                 bytes_down_all=self._current.bytes_down_all,
                 seconds=seconds,
+                asked=self._current.asked,
+                waited={nodes[n]: t for n, t in arrivals.items() if n in nodes},
             )
             self._on_round(self.state, report)
         self._merge = None
@@ -264,7 +282,11 @@ class SamStrategy(Strategy):
         def again(reply: Message) -> Message | None:
             return self._repeated(grid, current, reply)
 
-        return self._exchange.stream(grid, messages, timeout=timeout, again=again)
+        self._tell("round_started", round=current, clients=list(self._current.asked))
+        return self._waiting(
+            lambda: self._exchange.stream(grid, messages, timeout=timeout, again=again),
+            sender=lambda reply: reply.metadata.src_node_id,
+        )
 
     def _repeated(self, grid: Grid, current: int, reply: Message) -> Message | None:
         """The request once more, for a client that failed; None where enough is enough.
@@ -284,7 +306,9 @@ class SamStrategy(Strategy):
         request = replace(sent, graph=self._graph_for(node))
         content = request_to_record(request)
         content[ATTEMPT] = ConfigRecord({"number": attempt})
-        self._current.bytes_down_all += request_bytes(request)
+        size = request_bytes(request)
+        self._current.bytes_down_all += size
+        self._current.asked[client] += size
         return message_to(grid, node, content, MessageType.TRAIN, str(current))
 
     def enrol(self, grid: Grid) -> None:
@@ -400,6 +424,7 @@ class SamStrategy(Strategy):
             size = request_bytes(request)
             self._current.bytes_down = max(self._current.bytes_down, size)
             self._current.bytes_down_all += size
+            self._current.asked[self._current.nodes[node]] = size
             messages.append(
                 message_to(
                     grid,
@@ -425,6 +450,7 @@ class SamStrategy(Strategy):
         valid, refusals = sort_replies(replies, nodes, self._checked)
         refusals += self._exchange.late_refusals(self._clients)
         self._trained = time.perf_counter()
+        tell_replies(self._tell, server_round, valid, refusals)
         self._quarantine(server_round, refusals)
         for node in nodes:
             self._known_version.pop(node, None)
@@ -505,7 +531,9 @@ class SamStrategy(Strategy):
 
     def _evaluate(self, grid: Grid, current: int, timeout: float) -> dict[str, Score]:
         messages = self.configure_evaluate(current, ArrayRecord(), ConfigRecord(), grid)
-        replies = self._exchange.stream(grid, messages, timeout=timeout)
+        replies = self._waiting(
+            lambda: self._exchange.stream(grid, messages, timeout=timeout)
+        )
         self.aggregate_evaluate(current, replies)
         return self._scores
 

@@ -20,6 +20,8 @@ LARGEST_VALUE = 1e4
 """Largest absolute change of a parameter in one round that is believed."""
 LARGEST_LOSS = 1e4
 """Largest mean loss, in nats, that is believed."""
+LARGEST_SECONDS = 1e6
+"""Longest training of a round that is believed."""
 
 
 def validate_reply(
@@ -48,8 +50,9 @@ def validate_reply(
 
     Raises:
         FrameError: the reason; one of the frame format's, or ``budget`` (update larger
-            than allowed), ``examples``, ``tokens``, ``train_loss``, ``graph_version``,
-            ``usage_range``, ``empty_update``, ``not_held``, ``fixed_block``, ``update_range``.
+            than allowed), ``examples``, ``tokens``, ``train_loss``, ``seconds``,
+            ``graph_version``, ``usage_range``, ``empty_update``, ``not_held``,
+            ``fixed_block``, ``update_range``.
     """
     current = state.round + 1
     budget = settings.federation.update_budget_bytes
@@ -65,6 +68,11 @@ def validate_reply(
         raise FrameError(
             "train_loss",
             f"the training loss is {reply.train_loss}, it must be in 0..{LARGEST_LOSS:g}",
+        )
+    if not 0 <= reply.seconds <= LARGEST_SECONDS:
+        raise FrameError(
+            "seconds",
+            f"training took {reply.seconds} s, it must be in 0..{LARGEST_SECONDS:g}",
         )
     if reply.graph_version != state.graph.version:
         raise FrameError(
@@ -111,6 +119,7 @@ def validate_reply(
         bytes_up=reply_bytes(reply),
         train_loss=reply.train_loss,
         tokens=reply.tokens,
+        seconds=reply.seconds,
     )
 
 

@@ -15,6 +15,7 @@ from samv2.common.telemetry import METRICS, read_metrics
 from samv2.federated.checkpoint import latest_checkpoint, load_graph
 from samv2.federated.run_folder import RunFolder
 from samv2.federated.run_logs import fedit_bytes
+from samv2.report.client_data import ClientFacts, read_clients
 from samv2.report.merge_data import Merge, read_merges
 from samv2.report.reading import (
     DAMAGE,
@@ -62,6 +63,8 @@ class Round:
     edits: int
     seconds: Mapping[str, float | None]
     """By phase."""
+    server_seconds: float | None
+    """Of all phases, the time that was not spent waiting for clients."""
 
     @property
     def mean(self) -> float | None:
@@ -111,6 +114,7 @@ class RunFacts:
     start: Mapping[str, float | None] | Missing
     """Perplexity by domain before the first round."""
     result: Result | Missing
+    clients: tuple[ClientFacts, ...] | Missing
 
 
 def read_run(root: Path) -> RunFacts:
@@ -128,6 +132,7 @@ def read_run(root: Path) -> RunFacts:
         unread_merges=unread,
         start=start,
         result=_result(run, rounds, start),
+        clients=read_clients(run.root, remedy=_again(run)),
     )
 
 
@@ -155,6 +160,8 @@ def _rounds(run: RunFolder) -> tuple[Round, ...] | Missing:
 
 
 def _round(row: Any) -> Round:
+    seconds = numbers_by_name(row["seconds"])
+    server_seconds = seconds.pop("server", None)
     return Round(
         round=whole(row["round"]),
         clients=whole(row["clients"]),
@@ -164,7 +171,8 @@ def _round(row: Any) -> Round:
         bytes_up_per_client=number(row["bytes_up_per_client"]),
         bytes_down_per_client=number(row["bytes_down_per_client"]),
         edits=whole(row["edits"]),
-        seconds=numbers_by_name(row["seconds"]),
+        seconds=seconds,
+        server_seconds=server_seconds,
     )
 
 

@@ -237,6 +237,9 @@ def seconds_chart(result: Result, rounds: Sequence[Round], *, name: str) -> Char
         for key, value in row.seconds.items():
             label = f"  of it {PHASES.get(key, key)}"
             inside[label] = inside.get(label, 0.0) + (value or 0.0)
+    server = [row.server_seconds for row in rounds if row.server_seconds is not None]
+    if server:
+        inside["  of it not waiting"] = sum(server)
     bars = [*parts, *inside.items()]
 
     def draw(figure: Figure, tips: Tips) -> None:
@@ -267,5 +270,6 @@ def seconds_chart(result: Result, rounds: Sequence[Round], *, name: str) -> Char
         name=f"{name}-seconds",
         title="Where the time went",
         alt=f"Seconds by phase: {told}.",
+        note="Not waiting: the server's own work in all phases of the rounds.",
         inches=(5.2, 1.0 + 0.3 * len(bars)),
     )

@@ -26,7 +26,7 @@ from samv2.experts.sibling_gate import (
     fit_sibling_gate,
     gate_for_kinds,
 )
-from samv2.federated import server_app
+from samv2.federated import round_logs
 from samv2.federated.checkpoint import latest_checkpoint, load_checkpoint
 from samv2.federated.client_round import state_folder, tell_counts
 from samv2.federated.client_state import load_counts
@@ -328,7 +328,7 @@ def test_a_client_that_changes_its_text_gets_a_sibling_and_a_resumed_run_its_bit
         write_merge(root, report)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server_app, "write_merge", stop)
+        patch.setattr(round_logs, "write_merge", stop)
         with pytest.raises(Stop):
             run_embedded(settings, parted, console=quiet())
     run_embedded(settings, parted, resume=True, console=quiet())

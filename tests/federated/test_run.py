@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from samv2.common.config import load_settings, to_toml
 from samv2.common.errors import CheckpointError, ConfigError, DataError
 from samv2.common.settings import Settings
-from samv2.common.telemetry import read_metrics
+from samv2.common.telemetry import read_metrics, read_rows
 from samv2.federated.client_state import load_client_state
 from samv2.federated.run_folder import check_output, load_model_or_run
 from samv2.federated.server_app import run_embedded
@@ -75,9 +75,11 @@ def test_the_directory_holds_every_file(finished: Path) -> None:
     assert names == {
         "checkpoints",
         "clients",
+        "clients.jsonl",
         "cluster_stats.txt",
         "config.toml",
         "expert_call_trace.json",
+        "log.jsonl",
         "mask_debug.npy",
         "merge_round1.json",
         "merge_round2.json",
@@ -179,7 +181,7 @@ def test_metrics_have_the_agreed_keys(finished: Path) -> None:
         keys = ("bytes_up", "bytes_down", "clients", "refused", "train_loss")
         assert all(isinstance(row[key], (int, float)) for key in keys)
         assert list(row["perplexity"]) == ["pydoc", "python"]
-        assert set(row["seconds"]) == {"train", "merge", "evaluate"}
+        assert set(row["seconds"]) == {"train", "merge", "evaluate", "server"}
         assert row["clients"] == 2 and row["refused"] == 0
         assert 0 < row["bytes_up_per_client"] <= row["bytes_up"]
         assert row["bytes_up"] <= 2 * row["bytes_up_per_client"]
@@ -223,6 +225,40 @@ def test_tensorboard_shows_every_round(finished: Path) -> None:
     shown = [(event.step, event.value) for event in events.Scalars("train_loss")]
     assert shown == [(row["round"], pytest.approx(row["train_loss"])) for row in rows]
     assert len(events.Scalars("perplexity/python")) == 3
+
+
+def test_the_log_tells_every_round(finished: Path) -> None:
+    lines = [json.loads(x) for x in (finished / "log.jsonl").read_text().splitlines()]
+    told = [(line["event"], line["fields"].get("round")) for line in lines]
+    first = told.index(("started", 0))
+    assert told[first : first + 2] == [("started", 0), ("checkpoint_written", 0)]
+    for number in (1, 2, 3):
+        events = [event for event, round in told if round == number]
+        events = [event for event in events if event != "edits"]
+        assert events[:4] == [
+            "round_started",
+            "replies",
+            "round_finished",
+            "checkpoint_written",
+        ]
+
+
+def test_every_client_of_every_round_has_a_row(finished: Path) -> None:
+    metrics = read_metrics(finished)
+    rows = read_rows(finished / "clients.jsonl")
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    for row, numbers in zip(rows, metrics):
+        assert [client["client"] for client in row["clients"]] == [0, 1]
+        for name in ("bytes_up", "bytes_down"):
+            sizes = [client[name] for client in row["clients"]]
+            assert sum(sizes) == numbers[name] and max(sizes) == (
+                numbers[f"{name}_per_client"]
+            )
+        assert all(client["seconds"] > 0 for client in row["clients"])
+        assert numbers["refused_by_reason"] == {}
+        spent = numbers["seconds"]
+        assert 0 < spent["server"] < 60
+    assert read(finished / "summary.json")["refusals"] == {}
 
 
 def test_clients_keep_residual_and_graph(finished: Path) -> None:

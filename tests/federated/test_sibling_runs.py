@@ -188,9 +188,9 @@ def test_resuming_ends_in_the_same_bits(
         pass
 
     settings = small_settings(tiny_llama_folder, *SIBLINGS)
-    from samv2.federated import server_app
+    from samv2.federated import round_logs
 
-    original = server_app.write_merge
+    original = round_logs.write_merge
 
     def stop(root: Path, report: object, changes: object) -> None:
         if report.round == 2:
@@ -198,7 +198,7 @@ def test_resuming_ends_in_the_same_bits(
         original(root, report, changes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server_app, "write_merge", stop)
+        patch.setattr(round_logs, "write_merge", stop)
         with pytest.raises(Stop):
             run_embedded(settings, tmp_path, console=quiet())
     run_embedded(settings, tmp_path, resume=True, console=quiet())

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from samv2.federated.grid import FIRST_NODE, EmbeddedGrid
 from samv2.federated.refusals import TooFewReplies
 from samv2.federated.rehearsal import ATTEMPT
 from samv2.federated.run_logs import metrics_row
-from tests.federated.runs import assert_same_bits
+from samv2.federated.strategy import SamStrategy
+from tests.federated.runs import assert_same_bits, toy_manifest
 from tests.federated.toy_federation import (
+    ATTACKER,
     CLIENTS,
     FOREIGN,
     Federation,
@@ -246,3 +249,28 @@ def test_fifty_clients_some_of_which_fail(tmp_path: Path) -> None:
     assert len(federation.refused(2)) == 8
     assert federation.grid.asked == 2 * (50 + 8)
     assert not (tmp_path / "spool").exists()
+
+
+def test_a_round_tells_whom_it_asked_and_what_came(tmp_path: Path) -> None:
+    found = Federation(tmp_path, "federation.retries=0")
+    events: list[tuple[str, dict[str, Any]]] = []
+    found.strategy = SamStrategy(
+        found.states[0],
+        toy_manifest(),
+        found.settings,
+        on_round=found._on_round,
+        on_event=lambda name, **fields: events.append((name, fields)),
+    )
+    found.run(failure("out of memory"))
+    assert [name for name, _ in events] == ["round_started", "replies", "refused"]
+    asked = {"round": 1, "clients": list(range(CLIENTS))}
+    assert events[0][1] == asked
+    assert events[1][1]["clients"] == [0, 2]
+    assert events[2][1]["client"] == ATTACKER
+    (report,) = found.reports
+    assert list(report.asked) == asked["clients"]
+    assert sum(report.asked.values()) == report.bytes_down_all
+    assert max(report.asked.values()) == report.bytes_down
+    phases = sum(report.seconds[name] for name in ("train", "merge", "evaluate"))
+    assert 0 < report.seconds["server"] < phases
+    assert [reply.seconds for reply in report.merge.replies] == [0.1, 0.1]

@@ -34,7 +34,7 @@ from samv2.report.views import (
 )
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
-PARTS = ("domains", "rounds", "cost", "experts", "graph") + (
+PARTS = ("domains", "rounds", "cost", "clients", "experts", "graph") + (
     "edits",
     "refused",
     "frontier",
@@ -151,6 +151,9 @@ def test_what_strangers_wrote_stays_text(
     row = json.loads(lines[0])
     row["perplexity"][ATTACK] = 2.0
     (broken_run / "metrics.jsonl").write_text(json.dumps(row) + "\n" + lines[1])
+    told = json.loads((broken_run / "clients.jsonl").read_text().splitlines()[0])
+    told["clients"][0]["refused"] = [{"reason": ATTACK, "detail": ATTACK}]
+    (broken_run / "clients.jsonl").write_text(json.dumps(told))
     trace = json.loads((broken_run / "expert_call_trace.json").read_text())
     trace[0]["sequence"] = ATTACK
     (broken_run / "expert_call_trace.json").write_text(json.dumps(trace))
@@ -166,6 +169,7 @@ def test_what_strangers_wrote_stays_text(
     assert page.handlers == []
     assert page.text.count("{{ 7 * 7 }}") >= 10 and "49" not in page.text.split()
     assert f"unknown {ATTACK}" in page.text
+    assert f"0 1 1 1 {ATTACK}" in page.text  # client 0: asked, counted, refused, why
 
 
 def test_long_lists_are_cut(broken_run: Path) -> None:
@@ -192,6 +196,7 @@ FILES = (
     "checkpoints/round_0002/state.safetensors",
     "model/expert_config.json",
     "frontier.json",
+    "clients.jsonl",
 )
 
 

@@ -64,6 +64,7 @@ def rounds(count: int = 2) -> tuple[Round, ...]:
             bytes_down_per_client=0.0 if number == 1 else 5e6,
             edits=1,
             seconds={"train": 10.0, "merge": 0.5, "evaluate": None},
+            server_seconds=0.75,
         )
         for number in range(1, count + 1)
     )

@@ -27,7 +27,7 @@ DRAWN = ("run1", "run1-domains", "run1-rounds", "run1-cost", "run1-experts") + (
     "ablation1",
     "frontier1",
 )
-WORDS = ("run1-refused", "run1-frontier", "run1-settings", "words")
+WORDS = ("run1-clients", "run1-refused", "run1-frontier", "run1-settings", "words")
 ATTACK = "<script>document.title = 'owned'</script><img src=x onerror=stolen()>"
 
 
