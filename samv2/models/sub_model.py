@@ -27,6 +27,7 @@ from samv2.models.expert_config import ExpertModelConfig
 from samv2.models.expert_model import ExpertModel
 from samv2.models.save import build_model, misfit, read_expert_config
 
+_REPAIR = re.compile(r"repair_(\d+)_")
 _MLP = re.compile(r"model\.layers\.(\d+)\.mlp\.(.+)")
 
 
@@ -104,14 +105,15 @@ def load_sub_model(folder: Path, part: SubGraph) -> tuple[ExpertModel, ExpertGra
         with opened_weights(file) as stored:
             for name in stored.keys():
                 match = _MLP.fullmatch(name)
-                position = config.layers.index(int(match[1])) if match else -1
-                if match is None or "assembler" in match[2]:
+                if match is None or int(match[1]) not in config.layers:
                     weights[name] = stored.get_tensor(name)
-                elif match[2] in graphs:
-                    graphs[match[2]][position] = stored.get_tensor(name)
-                else:
+                    continue
+                position, own = config.layers.index(int(match[1])), match[2]
+                if own in graphs:
+                    graphs[own][position] = stored.get_tensor(name)
+                elif not _of_larger_k(own, part.size):
                     kept = part.kept[position]
-                    weights[name] = _kept_rows(stored.get_slice(name), match[2], kept)
+                    weights[name] = _kept_rows(stored.get_slice(name), own, kept)
             for position, layer in enumerate(config.layers):
                 prefix = f"model.layers.{layer}.mlp.surrogate_"
                 if prefix + "out_EQD" in stored.keys():
@@ -178,6 +180,12 @@ def part_config(config: ExpertModelConfig, part: SubGraph) -> ExpertModelConfig:
             tuple(min(own, part.size) for own in row) for row in those(config.visits)
         ),
     )
+
+
+def _of_larger_k(name: str, size: int) -> bool:
+    """Whether a tensor is of a repair for more visits than the part can make."""
+    match = _REPAIR.match(name)
+    return match is not None and int(match[1]) > size
 
 
 def _kept_rows(stored: object, name: str, kept: tuple[int, ...]) -> Tensor:
