@@ -77,7 +77,7 @@ def found(
             f"Merging {CLIENTS} replies from files",
             columns,
             rows,
-            caption="CPU seconds; MB: largest resident memory over that before the merge",
+            caption="CPU seconds; MB: the most resident memory, over that before the replies are read",
         )
     )
 
