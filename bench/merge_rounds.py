@@ -1,21 +1,21 @@
 """A round's replies in files, merged as the server does it.
 
 Run as a script, it merges them in a process of its own and prints seconds and memory as
-JSON: ``python bench/merge_rounds.py FOLDER CLIENTS [KEY=VALUE ...]``. Seconds are of CPU
-time, reading the files included: other processes on the machine take time on the clock.
+JSON: ``python bench/merge_rounds.py FOLDER CLIENTS [held] [KEY=VALUE ...]``; ``held``
+keeps all frames in memory. Seconds are of CPU time, reading the files included: other
+processes on the machine take time on the clock. Memory is Linux's VmHWM, which starts
+anew with a program; ``ru_maxrss`` would start at what the parent had.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 from packing_merges import (
     ADAPTERS,
@@ -40,9 +40,11 @@ from samv2.federated.server_merge import (
 )
 from samv2.federated.usage import EdgeCounts, pack_usage
 from samv2.updates.aggregate import Contribution
+from samv2.updates.stored import Stored
 
 INDEX = "replies.json"
 KEY = bytes(32)
+HELD = "held"
 
 
 def write_replies(folder: Path) -> None:
@@ -62,17 +64,21 @@ def write_replies(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(rows))
 
 
-def read_replies(folder: Path, clients: int) -> list[ValidReply]:
-    """Replies whose frames stay in their files."""
+def read_replies(folder: Path, clients: int, *, held: bool = False) -> list[ValidReply]:
+    """Replies whose frames stay in their files, unless they are ``held`` in memory."""
+
+    def stored(name: str) -> Stored:
+        return (folder / name).read_bytes() if held else folder / name
+
     return [
         ValidReply(
             contribution=Contribution(
                 client=client,
-                data=folder / f"{client}.bin",
+                data=stored(f"{client}.bin"),
                 weight=weight,
                 expert_ids=tuple(expert_ids),
             ),
-            usage=folder / f"{client}.usage.bin",
+            usage=stored(f"{client}.usage.bin"),
             edge_visits=1,
             bytes_up=1,
             train_loss=1.0,
@@ -122,15 +128,24 @@ def merge_elsewhere(folder: Path, clients: int, *overrides: str) -> dict[str, fl
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder, clients, *overrides = sys.argv[1:]
-    replies = read_replies(Path(folder), int(clients))
-    settings = settings_of(*overrides)
-    before = psutil.Process().memory_info().rss
+    folder, clients, *rest = sys.argv[1:]
+    settings = settings_of(*(item for item in rest if item != HELD))
+    before = memory_MB("VmRSS")
+    replies = read_replies(Path(folder), int(clients), held=HELD in rest)
     begin = time.process_time()
     merge(replies, settings)
     seconds = time.process_time() - begin
-    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "grown_MB": (most - before) / 1e6}))
+    grown = memory_MB("VmHWM") - before
+    print(json.dumps({"seconds": seconds, "grown_MB": grown}))
+
+
+def memory_MB(name: str) -> float:
+    """A line of this process's memory: ``VmRSS`` now, ``VmHWM`` at most so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            return int(value.split()[0]) * 1024 / 1e6
+    raise RuntimeError(f"/proc/self/status has no {name}; this bench needs Linux")
 
 
 if __name__ == "__main__":

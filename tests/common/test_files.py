@@ -100,6 +100,8 @@ def test_a_file_is_made_and_replaced(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert [item.name for item in path.parent.iterdir()] == ["file"]
+    write_bytes(path, b"mine", mode=0o600)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace", "chmod"])
