@@ -117,12 +117,12 @@ def adapter_manifest() -> Manifest:
     )
 
 
-def contributions(kind: str) -> list[Contribution]:
+def contributions(kind: str, clients: int = CLIENTS) -> list[Contribution]:
     """One of every client, all different."""
     source = torch.from_numpy(
         np.random.default_rng(0).standard_normal(2 * BLOCKS * EXPERT_BLOCK, np.float32)
     )
-    return [_contribution(kind, client, source) for client in range(CLIENTS)]
+    return [_contribution(kind, client, source) for client in range(clients)]
 
 
 def _contribution(kind: str, client: int, source: Tensor) -> Contribution:

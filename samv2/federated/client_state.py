@@ -86,7 +86,10 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[int, Tensor]:
 
 
 def save_client_state(folder: Path, state: ClientState, *, round: int) -> None:
-    """Write the state after ``round`` and drop all but the newest three."""
+    """Write the state after ``round`` and drop all but the newest three.
+
+    States of later rounds are dropped too: the server has gone back to run them again.
+    """
     moments = state.moments or Moments()
     parts = (state.residual, moments.first, moments.second)
     tensors = {
@@ -105,7 +108,10 @@ def save_client_state(folder: Path, state: ClientState, *, round: int) -> None:
         metadata=facts | {"graph_version": str(version)},
     )
     write_bytes(Path(folder) / f"round_{round:04d}.safetensors", data)
-    for _, old in _files(folder)[:-KEEP]:
+    files = _files(folder)
+    until = [item for item in files if item[0] <= round]
+    later = [item for item in files if item[0] > round]
+    for _, old in [*until[:-KEEP], *later]:
         old.unlink(missing_ok=True)
 
 

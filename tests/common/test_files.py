@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from samv2.common import files
-from samv2.common.files import replace_folder, write_bytes, write_json
+from samv2.common.files import replace_folder, sweep, write_bytes, write_json
 
 
 class Crash(BaseException):
@@ -135,3 +135,25 @@ def test_json_refuses_what_is_no_number(tmp_path: Path, value: object) -> None:
     with pytest.raises(ValueError):
         write_json(tmp_path / "x.json", value)
     assert (tmp_path / "x.json").read_text() == "1\n"
+
+
+def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path: Path) -> None:
+    (tmp_path / ".config.toml-ab12cd34").write_text("half")
+    (tmp_path / ".round_0001-zz_zz_99").mkdir()
+    (tmp_path / ".round_0001-zz_zz_99" / "state.json").write_text("half")
+    (tmp_path / ".theirs-ab12cd34").write_text("of somebody else")
+    (tmp_path / ".model-ab12cd34" / "old").mkdir(parents=True)
+    (tmp_path / ".model-ab12cd34" / "old" / "weights").write_text("old")
+    for name in (".gitignore", "config.toml", ".short-abc", ".env-LOCALFILE"):
+        (tmp_path / name).write_text("stays")
+    sweep(tmp_path, lambda name: name != "theirs")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".theirs-ab12cd34",
+        "model",
+        ".gitignore",
+        "config.toml",
+        ".short-abc",
+        ".env-LOCALFILE",
+    }
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+    sweep(tmp_path / "missing")

@@ -94,3 +94,9 @@ def test_a_damaged_file_names_itself_and_the_remedy(
     with pytest.raises(CheckpointError, match="damaged.*remove it") as caught:
         load_client_state(tmp_path, before_round=2)
     assert str(path) in str(caught.value)
+
+
+def test_going_back_drops_the_rounds_that_are_run_again(tmp_path: Path) -> None:
+    for number in (3, 4, 5, 2):
+        save_client_state(tmp_path, ClientState(), round=number)
+    assert [path.name for path in tmp_path.iterdir()] == ["round_0002.safetensors"]
