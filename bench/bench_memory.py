@@ -48,64 +48,6 @@ CASES = {
     "whole, K = E, 2 windows": {"experts": 16, "k": 16, "micro": 2},
 }
 
-CHILD = """
-import json, sys, threading, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from samv2.common.config import load_settings
-from samv2.experts.sub_graph import SubGraph
-from samv2.federated.client_round import (
-    GraphMessage, RoundRequest, load_runtime, pack_graph, train_round,
-)
-from samv2.federated.server_merge import broadcast_frame, initial_state
-from samv2.federated.memory import estimate_memory
-from samv2.models.save import read_expert_config
-from samv2.models.sub_model import load_sub_model
-from samv2.updates.packing import Manifest
-import samv2.federated.client_app, transformers.models.llama.modeling_llama
-
-case, root, overrides = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-settings = load_settings(None, overrides)
-config, dense = read_expert_config(root / "model")
-layers = len(config.layers)
-part = SubGraph(
-    kept=(tuple(range(case["experts"])),) * layers,
-    num_experts=config.num_experts,
-    experts_per_token=case["k"],
-    micro_batch=case["micro"],
-)
-
-def resident(field="VmRSS"):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-
-before = resident()
-Path("/proc/self/clear_refs").write_text("5")
-runtime = load_runtime(root / "model", root / "shards", root / "states", settings, part)
-_, whole = load_sub_model(root / "model", part) if False else (None, None)
-from samv2.experts.graph import ExpertGraph
-graph = ExpertGraph(
-    edge_mask_LEE=torch.eye(config.num_experts, dtype=torch.bool).repeat(layers, 1, 1),
-    order_LE=torch.arange(config.num_experts).repeat(layers, 1),
-)
-from samv2.updates.packing import pack
-request = RoundRequest(
-    round=1,
-    graph=GraphMessage(version=0, full=pack_graph(graph), edits=()),
-    parameters=pack({}, runtime.manifest, round=1),
-    part=part,
-)
-train_round(runtime, 0, request)
-peak = resident("VmHWM")
-estimate = estimate_memory(
-    config, dense, experts=case["experts"], experts_per_token=case["k"],
-    tokens=(case["micro"] or settings.train.batch_size) * settings.train.sequence_length,
-)
-print(json.dumps({"measured": peak - before, "parts": estimate.to_dict()}))
-"""
-
 
 @pytest.fixture(scope="module", params=["none", "nf4"])
 def bootstrapped(
@@ -135,9 +77,9 @@ def measure(root: Path, overrides: list[str], case: dict[str, int]) -> dict[str,
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "OMP_NUM_THREADS": "1",
     }
-    arguments = [json.dumps(case), str(root), json.dumps(overrides)]
+    arguments = [str(root), json.dumps(case), json.dumps(overrides)]
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments],
+        [sys.executable, str(ROOT / "bench" / "train_part.py"), *arguments],
         env=environment,
         capture_output=True,
         text=True,
