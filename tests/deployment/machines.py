@@ -17,7 +17,7 @@ import psutil
 from tests.federated.test_flower_app import REPOSITORY, free_port
 
 SCRIPT = REPOSITORY / "scripts" / "flower_deployment.sh"
-PATIENCE = 900.0
+PATIENCE = 1800.0
 """Seconds for whatever a test waits for."""
 
 
@@ -30,6 +30,7 @@ class Deployment:
         self.homes = root / "homes"
         self.nodes = root / "nodes"
         self.address = f"127.0.0.1:{free_port()}"
+        self.started: list[subprocess.Popen[bytes]] = []
         self.environment = os.environ | {
             "OMP_NUM_THREADS": "1",  # the bits of one thread, as the embedded engine has
             "PYTHONPATH": os.pathsep.join(
@@ -56,12 +57,14 @@ class Deployment:
     def begin(self, name: str, *arguments: Any) -> subprocess.Popen[bytes]:
         """Start a sub-command; its output goes to ``name.log``."""
         with (self.root / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(
+            started = subprocess.Popen(
                 [str(SCRIPT), *map(str, arguments)],
                 env=self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        self.started.append(started)
+        return started
 
     def log(self, name: str) -> str:
         """What a started sub-command has said."""
@@ -124,6 +127,8 @@ def deployment(root: Path) -> Iterator[Deployment]:
         yield made
     finally:
         made.call("stop", made.homes)
+        for started in made.started:
+            started.wait(60)
         assert made.processes() == []
 
 
