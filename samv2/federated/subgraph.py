@@ -114,7 +114,7 @@ class Planner:
         part = SubGraph(
             kept=kept,
             num_experts=self.config.num_experts,
-            experts_per_token=min(k, experts),
+            experts_per_token=self._served(min(k, experts)),
             micro_batch=0 if micro == self.batch_size else micro,
         )
         same_k = part.experts_per_token == self.experts_per_token
@@ -156,8 +156,14 @@ class Planner:
                     "convert more layers"
                 ]
             )
-        repaired = [k for k in fits if k in self.config.repaired]
-        return max(repaired or fits)
+        return self._served(max(fits))
+
+    def _served(self, most: int) -> int:
+        """The largest K up to ``most`` that has a repair; ``most`` where none has."""
+        least = max(1, self.config.num_shared)
+        if most == self.config.num_experts:
+            return most
+        return max((k for k in self.config.repaired if least <= k <= most), default=most)
 
     def _sizes(self, memory_bytes: int, k: int) -> tuple[int, int]:
         """Windows that pass at once, and experts kept in each layer."""

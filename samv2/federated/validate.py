@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
+import torch
+
 from samv2.common.errors import FrameError
 from samv2.common.settings import Settings
+from samv2.experts.graph import ExpertGraph
 from samv2.federated.client_round import TrainReply
 from samv2.federated.server_merge import ServerState, ValidReply
-from samv2.federated.usage import unpack_usage
+from samv2.federated.usage import EdgeCounts, unpack_usage
 from samv2.updates.aggregate import Contribution
 from samv2.updates.packing import Manifest, unpack
 
@@ -91,6 +94,8 @@ def validate_reply(
         max_count=reply.tokens,
         max_visits=[reply.tokens * each for each in visits],
     )
+    if held is not None:
+        _check_walked(counts, state.graph, held)
     update = unpack(reply.update, manifest, round=current)
     if not update:
         raise FrameError("empty_update", "the update carries no expert")
@@ -121,6 +126,22 @@ def validate_reply(
         tokens=reply.tokens,
         seconds=reply.seconds,
     )
+
+
+def _check_walked(
+    counts: EdgeCounts, graph: ExpertGraph, held: Container[int]
+) -> None:
+    """Refuse counts of edges from or to experts that the client lacks."""
+    layers, experts = graph.order_LE.shape
+    first_L1 = torch.arange(layers).unsqueeze(1) * experts
+    lacks_LE = torch.tensor(
+        [[key not in held for key in row] for row in (first_L1 + graph.order_LE).tolist()]
+    )
+    lacks_LEE = lacks_LE.unsqueeze(1) | lacks_LE.unsqueeze(2)
+    if bool(((counts.usage_LEE + counts.demand_LEE) * lacks_LEE).any()):
+        raise FrameError(
+            "not_held", "the usage counts name edges of experts that the client lacks"
+        )
 
 
 def reply_bytes(reply: TrainReply) -> int:

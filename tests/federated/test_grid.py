@@ -22,6 +22,7 @@ from flwr.clientapp import ClientApp
 
 from samv2.common.errors import FederationError, FrameError
 from samv2.experts.graph import Edit
+from samv2.federated import grid as grid_module
 from samv2.federated.client_round import GraphMessage, RoundRequest, pack_graph
 from samv2.federated.grid import (
     EmbeddedGrid,
@@ -31,6 +32,7 @@ from samv2.federated.grid import (
     request_from_record,
     request_to_record,
 )
+from samv2.federated.workers import LATE, NO_REPLY
 from tests.federated.runs import toy_graph, toy_reply
 
 EDIT = Edit(layer=0, src=0, dst=2, kind="promote", score=0.5, reason="wanted")
@@ -247,3 +249,90 @@ def test_the_grid_refuses_what_it_does_not_offer() -> None:
     with pytest.raises(FederationError):
         grid.run
     assert grid.get_node_ids() == [100, 101, 102, 103]
+
+
+def requests(grid: EmbeddedGrid, **clients: list[int]) -> list[Message]:
+    """One message to each client, some of which shall misbehave."""
+    return [
+        message_to(grid, node, order_of(**clients), "train", "1")
+        for node in grid.get_node_ids()
+    ]
+
+
+def test_a_late_client_of_this_process_is_heard_and_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(grid_module.time, "monotonic", lambda: now[0])
+
+    def slow_app() -> ClientApp:
+        app = ClientApp()
+
+        @app.train()
+        def train(message: Message, context: Context) -> Message:
+            now[0] += 10
+            return Message(RecordDict(), reply_to=message)
+
+        return app
+
+    grid = EmbeddedGrid(slow_app, CLIENTS, {})
+    repeated: list[Message] = []
+    found = list(
+        grid.stream(
+            requests(grid), timeout=15, again=lambda reply: repeated.append(reply)
+        )
+    )
+    codes = [reply.error.code if reply.has_error() else 0 for reply in found]
+    assert codes == [0, LATE, NO_REPLY, NO_REPLY]
+    assert repeated == [found[0]]
+    assert now[0] == 20
+    assert "after the 15 s" in str(found[1].error.reason)
+    assert "not started in time" in str(found[2].error.reason)
+    patient = grid.stream(requests(grid), timeout=grid_module.PATIENCE)
+    now[0] += grid_module.PATIENCE
+    assert not any(reply.has_error() for reply in patient)
+
+
+def test_an_app_that_returns_nothing_is_an_error_at_once() -> None:
+    def silent_app() -> ClientApp:
+        app = ClientApp()
+
+        @app.train()
+        def train(message: Message, context: Context) -> Message:
+            return None  # type: ignore[return-value]
+
+        return app
+
+    grid = EmbeddedGrid(silent_app, CLIENTS[:1], {})
+    (reply,) = grid.stream(requests(grid))
+    assert (reply.error.code, reply.error.reason) == (
+        NO_REPLY,
+        "the client gave no reply",
+    )
+
+
+@pytest.mark.faults
+def test_a_client_whose_worker_died_can_be_asked_again() -> None:
+    with EmbeddedGrid(echo_app, CLIENTS, {}, workers=2) as grid:
+        asked = requests(grid, die=[3])
+        healthy = requests(grid)
+        tried: list[str] = []
+
+        def again(reply: Message) -> Message | None:
+            if not reply.has_error():
+                return None
+            tried.append(str(reply.error.reason))
+            return healthy[3]
+
+        found = list(grid.stream(asked, again=again))
+    assert len(tried) == 1 and "worker process died (exit code 3)" in tried[0]
+    assert sorted(reply.content["metrics"]["client"] for reply in found) == [0, 1, 2, 3]
+
+
+@pytest.mark.faults
+def test_a_stream_that_is_left_early_leaves_no_worker_busy() -> None:
+    with EmbeddedGrid(echo_app, CLIENTS, {}, workers=2) as grid:
+        stream = grid.stream(requests(grid, sleep=[1, 2, 3]))
+        assert next(stream).content["metrics"]["client"] == 0
+        stream.close()
+        assert all(reply.has_content() for reply in grid.stream(requests(grid)))
