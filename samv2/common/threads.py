@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+ONEDNN_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+"""What oneDNN reads before its first product."""
 
 
 @contextmanager
@@ -21,3 +25,12 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def small_onednn_cache() -> None:
+    """Let oneDNN keep few compiled products, where it has made none and nobody decided.
+
+    Experts multiply other numbers of rows at every step, so that its 1,024 entries are
+    filled in a few steps and seldom used again; each holds memory.
+    """
+    os.environ.setdefault(ONEDNN_CACHE, "32")

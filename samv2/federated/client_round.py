@@ -21,6 +21,7 @@ from torch import Tensor
 from samv2.common.callbacks import TrainerCallback
 from samv2.common.errors import FederationError, GraphError
 from samv2.common.settings import Settings
+from samv2.common.threads import small_onednn_cache
 from samv2.data.shards import ClientShard, load_client
 from samv2.data.tokens import windows
 from samv2.experts.graph import Edit, ExpertGraph, apply_edits
@@ -125,6 +126,7 @@ def load_runtime(
     part: SubGraph | None = None,
 ) -> ClientRuntime:
     """Load the bootstrapped model, or a part of it, and remember its starting blocks."""
+    small_onednn_cache()
     if part is None:
         model, _ = load_expert_model(model_folder)
         model.set_experts_per_token(settings.experts.experts_per_token)

@@ -1,5 +1,8 @@
 """How much memory a client's training takes, by parts; checked by bench/bench_memory.py.
 
+Where visits run grouped by expert on a CPU, as much again as float32 blocks is resident
+from the first step on, which the products' library keeps.
+
 Counted is what is live at the peak of a step, in the backward pass or in the loss,
 whichever is more; the interpreter and its libraries are not. Frozen weights count in
 full: once a pass has read them they are resident, mapped from a file or not.
@@ -14,6 +17,7 @@ from dataclasses import dataclass, fields
 
 from transformers import PretrainedConfig
 
+from samv2.experts.costs import grouping_pays
 from samv2.models.expert_config import ExpertModelConfig
 from samv2.models.perplexity import ROWS_PER_CHUNK
 
@@ -91,7 +95,9 @@ def estimate_memory(
     stand_ins = 2 * repairs * min(config.repair_rank, width) * width * weight_bytes
     surrogates = config.surrogate_rank * width * (1 + experts) * 4
     factors = 3 * columns * width * 4
-    expert_bytes = layers * (base + stand_ins + surrogates + factors)
+    grouped = grouping_pays(tokens, experts_per_token, (experts, rows, width))
+    copies = 3 * kept_rows * width * 4 if grouped else 0
+    expert_bytes = layers * (base + stand_ins + surrogates + factors + copies)
 
     heads, kv = dense.num_attention_heads, dense.num_key_value_heads
     head = getattr(dense, "head_dim", None) or width // heads
@@ -107,7 +113,7 @@ def estimate_memory(
     blocks = BLOCK_COPIES * numbers * 4
 
     stream = 6 * width + head * (2 * heads + 2 * kv)
-    hidden = 3 * kept_rows
+    hidden = 3 * (experts_per_token * rows if grouped else kept_rows)
     low_rank = 3 * columns
     scores = 8 * experts
     a_layer = tokens * ((stream + hidden + low_rank) * weight_bytes + scores)

@@ -163,7 +163,9 @@ class Planner:
         least = max(1, self.config.num_shared)
         if most == self.config.num_experts:
             return most
-        return max((k for k in self.config.repaired if least <= k <= most), default=most)
+        return max(
+            (k for k in self.config.repaired if least <= k <= most), default=most
+        )
 
     def _sizes(self, memory_bytes: int, k: int) -> tuple[int, int]:
         """Windows that pass at once, and experts kept in each layer."""

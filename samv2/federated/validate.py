@@ -128,14 +128,15 @@ def validate_reply(
     )
 
 
-def _check_walked(
-    counts: EdgeCounts, graph: ExpertGraph, held: Container[int]
-) -> None:
+def _check_walked(counts: EdgeCounts, graph: ExpertGraph, held: Container[int]) -> None:
     """Refuse counts of edges from or to experts that the client lacks."""
     layers, experts = graph.order_LE.shape
     first_L1 = torch.arange(layers).unsqueeze(1) * experts
     lacks_LE = torch.tensor(
-        [[key not in held for key in row] for row in (first_L1 + graph.order_LE).tolist()]
+        [
+            [key not in held for key in row]
+            for row in (first_L1 + graph.order_LE).tolist()
+        ]
     )
     lacks_LEE = lacks_LE.unsqueeze(1) | lacks_LE.unsqueeze(2)
     if bool(((counts.usage_LEE + counts.demand_LEE) * lacks_LEE).any()):

@@ -28,11 +28,14 @@ from samv2.federated.subgraph import (
     keep_heaviest,
     whole_manifest,
 )
+from samv2.federated.usage import pack_usage, zero_counts
 from samv2.federated.validate import validate_reply
 from samv2.models.save import load_expert_model
 from samv2.models.sub_model import load_sub_model
 from samv2.updates.packing import Manifest, pack
 from tests.federated.runs import (
+    EXPERTS,
+    LAYERS,
     assert_same_bits,
     checkpoint_tensors,
     quiet,
@@ -243,6 +246,14 @@ def test_a_block_that_the_client_lacks_is_refused() -> None:
     state, manifest, settings = toy_state(), toy_manifest(), toy_settings()
     reply = toy_reply(update=pack(toy_update(ids=(0, 3)), manifest, round=1))
     validate_reply(reply, 0, state, manifest, settings, held={0, 3})
+    counts = zero_counts(LAYERS, EXPERTS)
+    counts.usage_LEE[0, 0, 3] = 2
+    walked = replace(reply, usage=pack_usage(counts, round=1))
+    validate_reply(walked, 0, state, manifest, settings, held={0, 3})
+    counts.demand_LEE[0, 0, 1] = 1
+    walked = replace(reply, usage=pack_usage(counts, round=1))
+    with pytest.raises(FrameError, match="edges of experts that the client lacks"):
+        validate_reply(walked, 0, state, manifest, settings, held={0, 3})
     with pytest.raises(FrameError) as caught:
         validate_reply(reply, 0, state, manifest, settings, held={0})
     assert caught.value.reason == "not_held"
@@ -254,6 +265,7 @@ def test_parts_name_what_is_held(
     planner = planner_for(expert_folder)
     layers = len(planner.mass_LE)
     small = planner.memory(every(3, layers, 3, 1)).total
+    assert planner.plan(ClientBudget(memory_bytes=small)).experts_per_token == 3
     budgets = {0: ClientBudget(), 1: ClientBudget(memory_bytes=small)}
     with caplog.at_level(logging.INFO, logger="samv2"):
         parts = plan_parts(planner, budgets | {2: budgets[1]})
