@@ -24,6 +24,8 @@ from samv2.federated.run_folder import RunFolder
 from samv2.models.bootstrap import spread
 
 TRACED_TOKENS = 128
+SHOWN_CLIENTS = 8
+"""Clients whose text is described on the console."""
 
 
 def make_corpus(
@@ -136,11 +138,17 @@ def traced_sequences(text: FederatedText, settings: Settings) -> dict[str, Tenso
 
 
 def say_text(text: FederatedText, console: Console) -> None:
-    for client in text.clients:
+    for client in text.clients[:SHOWN_CLIENTS]:
         console.print(f"  {client.description}, {len(client.train):,} train tokens")
         for round, later in client.later.items():
             names = ", ".join(later.heldout)
             console.print(f"    from round {round} on: {names}", style="dim")
+    if len(text.clients) > SHOWN_CLIENTS:
+        sizes = sorted(len(client.train) for client in text.clients)
+        console.print(
+            f"  ... {len(text.clients)} clients in all, of {sizes[0]:,} to "
+            f"{sizes[-1]:,} train tokens"
+        )
     console.print(
         "  heterogeneity of the split (mean Jensen-Shannon distance of the clients, "
         f"0 alike .. 1 disjoint): domains {text.index.category_heterogeneity:.2f}, "
