@@ -132,7 +132,10 @@ def die() -> None:
 def without_seconds(value: Any) -> Any:
     """JSON without what time it took."""
     if isinstance(value, dict):
-        return {k: without_seconds(v) for k, v in value.items() if k != "seconds"}
+        kept = value.keys() - {"seconds", "waited"}
+        return {key: without_seconds(value[key]) for key in sorted(kept)}
+    if isinstance(value, list):
+        return [without_seconds(item) for item in value]
     return value
 
 
@@ -142,6 +145,8 @@ def contents(root: Path) -> dict[str, Any]:
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if not path.is_file() or name.startswith("tensorboard/"):
+            continue
+        if name == "log.jsonl":  # a log tells of every start
             continue
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
