@@ -312,9 +312,8 @@ def test_an_app_that_returns_nothing_is_an_error_at_once() -> None:
 
 
 @pytest.mark.faults
-def test_a_client_whose_worker_died_can_be_asked_again() -> None:
+def test_workers_that_die_or_are_left_early_serve_the_next_message() -> None:
     with EmbeddedGrid(echo_app, CLIENTS, {}, workers=2) as grid:
-        asked = requests(grid, die=[3])
         healthy = requests(grid)
         tried: list[str] = []
 
@@ -324,15 +323,11 @@ def test_a_client_whose_worker_died_can_be_asked_again() -> None:
             tried.append(str(reply.error.reason))
             return healthy[3]
 
-        found = list(grid.stream(asked, again=again))
-    assert len(tried) == 1 and "worker process died (exit code 3)" in tried[0]
-    assert sorted(reply.content["metrics"]["client"] for reply in found) == [0, 1, 2, 3]
-
-
-@pytest.mark.faults
-def test_a_stream_that_is_left_early_leaves_no_worker_busy() -> None:
-    with EmbeddedGrid(echo_app, CLIENTS, {}, workers=2) as grid:
-        stream = grid.stream(requests(grid, sleep=[1, 2, 3]))
-        assert next(stream).content["metrics"]["client"] == 0
-        stream.close()
+        found = list(grid.stream(requests(grid, die=[3]), again=again))
+        assert len(tried) == 1 and "worker process died (exit code 3)" in tried[0]
+        clients = [reply.content["metrics"]["client"] for reply in found]
+        assert sorted(clients) == [0, 1, 2, 3]
+        left = grid.stream(requests(grid, sleep=[1, 2, 3]))
+        assert next(left).content["metrics"]["client"] == 0
+        left.close()
         assert all(reply.has_content() for reply in grid.stream(requests(grid)))

@@ -306,7 +306,7 @@ def start(command: list[str], *flags: str) -> subprocess.Popen[bytes]:
 
 def kill_when(process: subprocess.Popen[bytes], there: Path, later: float) -> None:
     """SIGKILL some seconds after a file is there."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # a busy machine takes its time to start
     while not there.exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
