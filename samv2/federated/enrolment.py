@@ -14,6 +14,9 @@ from samv2.federated.exchange import first_line
 from samv2.federated.grid import message_to
 
 ENROL_SECONDS = 120.0
+"""How long clients may take to connect."""
+ANSWER_SECONDS = 600.0
+"""How long they may take to answer; on a busy machine a process starts slowly."""
 
 
 def enrol_clients(
@@ -48,7 +51,7 @@ def enrol_clients(
     ]
     clients: dict[int, int] = {}
     failures: list[str] = []
-    for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
+    for reply in grid.send_and_receive(messages, timeout=ANSWER_SECONDS):
         client = _client_of(reply)
         if client is None:
             failures.append(first_line(reply))

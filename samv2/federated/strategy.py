@@ -33,7 +33,7 @@ from samv2.federated.client_round import (
     edits_to_json,
     pack_graph,
 )
-from samv2.federated.enrolment import ENROL_SECONDS, enrol_clients, sample_nodes
+from samv2.federated.enrolment import ANSWER_SECONDS, enrol_clients, sample_nodes
 from samv2.federated.exchange import (
     Exchange,
     error_refusal,
@@ -286,7 +286,7 @@ class SamStrategy(Strategy):
             for node in self._clients
         ]
         counts: dict[int, Tensor] = {}
-        for reply in grid.send_and_receive(messages, timeout=ENROL_SECONDS):
+        for reply in grid.send_and_receive(messages, timeout=ANSWER_SECONDS):
             client = self._clients.get(reply.metadata.src_node_id)
             if client is None or client in counts:
                 continue
