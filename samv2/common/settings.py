@@ -285,7 +285,7 @@ class DriftSettings:
     distance: float = 0.45
     """Jensen-Shannon distance of a client's text from what it was that counts."""
     patience: int = 3
-    """Rounds without a client after which a spawned sibling is given up."""
+    """Scored rounds without a client after which a spawned sibling is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)

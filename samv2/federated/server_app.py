@@ -26,6 +26,7 @@ from samv2.common.event_log import EventLog, event_log
 from samv2.common.files import sweep, write_json
 from samv2.common.settings import Settings
 from samv2.common.telemetry import read_metrics, read_rows
+from samv2.common.threads import one_thread
 from samv2.data.shards import load_calibration
 from samv2.federated.checkpoint import (
     latest_checkpoint,
@@ -255,10 +256,12 @@ def planner_of(run: RunFolder, settings: Settings) -> Planner | None:
     tokens_BS = calibration_windows(
         load_calibration(run.shards), MASS_TOKENS, length
     ).long()
+    with one_thread():  # the same parts on any number of cores
+        mass_LE = gate_mass(model, tokens_BS)
     return Planner(
         config=model.expert_config,
         dense=model.config,
-        mass_LE=gate_mass(model, tokens_BS),
+        mass_LE=mass_LE,
         experts_per_token=settings.experts.experts_per_token,
         batch_size=settings.train.batch_size,
         sequence_length=length,
