@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from samv2.common.errors import GraphError
+from samv2.experts.block_ids import assembler_block, expert_block, gate_block
 from samv2.experts.graph import ExpertGraph
 
 
@@ -98,16 +99,19 @@ class SubGraph:
 
     def block_ids(self, siblings: int) -> dict[int, int]:
         """{block id inside the part: block id of the whole}, experts' and the others'."""
-        layers, own, all_ = len(self.kept), self.size, self.num_experts
-        ids = {layers * own: layers * all_}  # the assembler's
+        own, whole = len(self.kept) * self.size, len(self.kept) * self.num_experts
+        kept = [
+            layer * self.num_experts + expert
+            for layer, row in enumerate(self.kept)
+            for expert in row
+        ]
+        ids = {assembler_block(own): assembler_block(whole)}
         for sibling in range(siblings):
-            inside = sibling * layers * own + (sibling > 0)
-            outside = sibling * layers * all_ + (sibling > 0)
-            for layer, kept in enumerate(self.kept):
-                for index, expert in enumerate(kept):
-                    ids[inside + layer * own + index] = outside + layer * all_ + expert
+            for inside, outside in enumerate(kept):
+                key = expert_block(inside, own, sibling)
+                ids[key] = expert_block(outside, whole, sibling)
         if siblings > 1:
-            ids[siblings * layers * own + 1] = siblings * layers * all_ + 1
+            ids[gate_block(own, siblings)] = gate_block(whole, siblings)
         return ids
 
     def inward(self, blocks: Mapping[int, Tensor], siblings: int) -> dict[int, Tensor]:

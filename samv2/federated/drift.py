@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from samv2.common.settings import DriftSettings
+from samv2.data.allocation import heterogeneity
+from samv2.experts.block_ids import expert_block
 from samv2.experts.sibling_gate import gate_for_kinds
 
 MEMORY = 3
@@ -259,12 +261,12 @@ def apply_changes(
         if change.kind not in ("spawn", "retire"):
             continue
         for expert in range(experts):
-            own = block_of(change.sibling, expert, experts)
+            own = expert_block(expert, experts, change.sibling)
             rows = len(after[own])
             if change.parent is None:
                 after[own] = torch.zeros(rows)
             else:
-                parent = after[block_of(change.parent, expert, experts)]
+                parent = after[expert_block(expert, experts, change.parent)]
                 after[own] = parent[:rows].clone()
     if any(change.kind in ("spawn", "retire") for change in changes):
         after[max(after)] = gate_for_kinds(memory.kinds, siblings)
@@ -285,18 +287,9 @@ def describe(change: SiblingChange) -> str:
     return f"{what}: {change.reason}"
 
 
-def block_of(sibling: int, expert: int, experts: int) -> int:
-    """The id of the block with a sibling's rows of an expert (counted over layers)."""
-    return sibling * experts + expert + (sibling > 0)
-
-
 def distance(first_N: Tensor, second_N: Tensor) -> float:
     """Jensen-Shannon distance of two texts' token counts: 0 alike .. 1 disjoint."""
-    p, q = _share(first_N), _share(second_N)
-    middle = (p + q) / 2
-    nats = (torch.special.xlogy(p, p / middle.clamp(min=1e-30))).sum()
-    nats += (torch.special.xlogy(q, q / middle.clamp(min=1e-30))).sum()
-    return float((nats / 2 / torch.tensor(2.0).log()).clamp(0, 1).sqrt())
+    return heterogeneity(torch.stack([first_N, second_N]).numpy())
 
 
 def nearest_kind(memory: SiblingMemory, counts_N: Tensor) -> tuple[int, float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from samv2.common.errors import FrameError
+from samv2.experts.block_ids import expert_block
 from samv2.experts.sibling_gate import (
     BUCKETS,
     NEVER,
@@ -103,7 +104,7 @@ def share_update(
     rows = sizes[experts + 1]  # of sibling 1, whose blocks are rows alone
     shared = dict(update)
     for expert in range(experts):
-        ids = {sibling: sibling * experts + expert + (sibling > 0) for sibling in used}
+        ids = {sibling: expert_block(expert, experts, sibling) for sibling in used}
         changed = {g: update[id_][:rows] for g, id_ in ids.items() if id_ in update}
         if not changed:
             continue

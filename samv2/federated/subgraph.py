@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 
 from samv2.common.errors import ConfigError
 from samv2.common.settings import Settings
+from samv2.experts.block_ids import assembler_block, expert_block, gate_block
 from samv2.experts.moe_layers import WalkOptions
 from samv2.experts.sub_graph import SubGraph
 from samv2.federated.memory import MemoryEstimate, estimate_memory
@@ -259,12 +260,13 @@ def whole_manifest(folder: Path, model: ExpertModel) -> Manifest:
     inside = len(config.layers) * model.expert_config.num_experts
     rows = len(blocks[0]) - model.expert_config.num_experts + config.num_experts
     sizes = dict.fromkeys(range(experts), rows)
-    if inside in blocks:
-        sizes[experts] = len(blocks[inside])
+    if assembler_block(inside) in blocks:
+        sizes[assembler_block(experts)] = len(blocks[assembler_block(inside)])
     if siblings > 1:
-        own = len(blocks[inside + 1])
-        sizes |= dict.fromkeys(range(experts + 1, siblings * experts + 1), own)
-        sizes[siblings * experts + 1] = len(blocks[max(blocks)])
+        first, gate = expert_block(0, experts, 1), gate_block(experts, siblings)
+        own = len(blocks[expert_block(0, inside, 1)])
+        sizes |= dict.fromkeys(range(first, gate), own)
+        sizes[gate] = len(blocks[gate_block(inside, siblings)])
     return Manifest(
         ids=tuple(sorted(sizes)),
         shapes=tuple((sizes[key],) for key in sorted(sizes)),

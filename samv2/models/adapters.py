@@ -11,7 +11,8 @@ One expert's trainable numbers form one *block*, a flat float32 vector:
     [B_g[e] (F R) | B_u[e] (F R) | A_d[e] (R F) | gate row (D) | gate bias | u_e |
      edge strengths into e (E)]
 
-Its expert id is ``layer * E + e``; the assembler is one more block, id ``L * E``.
+Its expert id is ``layer * E + e``; the assembler is one more block, id ``L * E``
+(:mod:`samv2.experts.block_ids`).
 
 With G > 1 *siblings*, an expert has G sets of adapter rows, each for one kind of text.
 The block above holds those of sibling 0. Sibling g has a block of rows alone, id
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from samv2.common.errors import ModelError
+from samv2.experts.block_ids import assembler_block, expert_block, gate_block
 from samv2.experts.moe_layers import ExpertGraphMLP, FrozenFactors
 
 
@@ -116,10 +118,10 @@ def block_parts(
     num_experts, experts = layers[0].num_experts, assembler_id(layers)
     parts: dict[int, list[Tensor]] = {}
     for sibling in range(layers[0].siblings):
-        start = sibling * experts + (sibling > 0)
         for index, layer in enumerate(layers):
             for expert in range(num_experts):
-                expert_id = start + index * num_experts + expert
+                number = index * num_experts + expert
+                expert_id = expert_block(number, experts, sibling)
                 parts[expert_id] = expert_parts(layer, expert, sibling, of=of)
     if assembler is not None:
         parts[assembler_id(layers)] = [of(part) for part in assembler.parameters()]
@@ -183,12 +185,12 @@ def write_blocks(
 
 def assembler_id(layers: Sequence[ExpertGraphMLP]) -> int:
     """The id of the assembler's block: one past the last expert's."""
-    return len(layers) * layers[0].num_experts
+    return assembler_block(len(layers) * layers[0].num_experts)
 
 
 def gate_id(layers: Sequence[ExpertGraphMLP]) -> int:
     """The id of the sibling gate's block, the last."""
-    return layers[0].siblings * assembler_id(layers) + 1
+    return gate_block(assembler_id(layers), layers[0].siblings)
 
 
 def block_layers(
@@ -206,12 +208,12 @@ def block_layers(
         siblings' included, by its id.
     """
     experts = layers * num_experts
-    found = {}
-    for sibling in range(siblings):
-        start = sibling * experts + (sibling > 0)
-        for index in range(experts):
-            found[start + index] = index // num_experts
-    return experts, found
+    found = {
+        expert_block(number, experts, sibling): number // num_experts
+        for sibling in range(siblings)
+        for number in range(experts)
+    }
+    return assembler_block(experts), found
 
 
 def _flatten(parts: Sequence[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from samv2.data.shard_types import (
     LaterText,
 )
 from samv2.data.shards import save_federated_text
+from samv2.experts.block_ids import expert_block, gate_block
 from samv2.experts.sibling_gate import (
     BUCKETS,
     NEVER,
@@ -36,7 +37,6 @@ from samv2.federated.drift import (
     SiblingMemory,
     apply_changes,
     begin,
-    block_of,
     describe,
     distance,
     nearest_kind,
@@ -175,7 +175,8 @@ def test_a_spawned_sibling_that_nobody_needs_is_retired() -> None:
 
 def test_blocks_follow_the_changes() -> None:
     """Two experts and three siblings: blocks 0-1, the assembler's 2, 3-4, 5-6, gate 7."""
-    assert [block_of(g, e, 2) for g in range(3) for e in (0, 1)] == [0, 1, 3, 4, 5, 6]
+    ids = [expert_block(e, 2, g) for g in range(3) for e in (0, 1)]
+    assert ids == [0, 1, 3, 4, 5, 6] and gate_block(2, 3) == 7
     sizes = {0: 3, 1: 3, 2: 5, 3: 2, 4: 2, 5: 2, 6: 2, 7: 3 * BUCKETS + 3}
     blocks = {key: torch.full((size,), float(key)) for key, size in sizes.items()}
     blocks[0] = torch.tensor([1.0, 2.0, 9.0])
