@@ -43,6 +43,7 @@ FLWR_FILES = {
         "grid",
         "parts",
         "ask_counts",
+        "drift_watch",
         "lora_strategy",
         "lora_app",
         "simulation_workers",

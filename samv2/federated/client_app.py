@@ -69,7 +69,9 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
     mod = rehearsal_mod(
         lambda context: where(context).settings,
         client_index,
-        lambda context: runtime_at(where(context)).manifest,
+        lambda message, context: runtime_at(
+            where(context), request_from_record(message.content).part
+        ).manifest,
     )
     app = ClientApp(mods=[mod])
 
@@ -90,8 +92,8 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
         facts = ConfigRecord({"domains": ",".join(shard.heldout)})
         content = RecordDict({"metrics": metrics, "facts": facts})
         if wants_counts(message.content):
-            round = asked_round(message.content)
-            frame = tell_counts(place.shards, place.states, client, round)
+            now = shard.at(asked_round(message.content))
+            frame = tell_counts(place.states, client, now)
             content["counts"] = counts_to_record(frame)
         return Message(content, reply_to=message)
 

@@ -214,9 +214,14 @@ def evaluate_round(
     return score_domains(runtime.model, held, batch_size=train.batch_size)
 
 
-def tell_counts(shards: Path, states: Path, client: int, round: int) -> bytes:
-    """The frame with the token counts of a client's text in a round; it is remembered."""
-    shard = load_client(shards, client).at(round)
+def tell_counts(states: Path, client: int, shard: ClientShard) -> bytes:
+    """The frame with the token counts of a client's text; they are remembered.
+
+    Args:
+        states: folder of the clients' states.
+        client: its index.
+        shard: as it is in the round that is asked about.
+    """
     save_counts(state_folder(states, client), count_tokens(shard.train))
     return pack_counts(shard.train)
 

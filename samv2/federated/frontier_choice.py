@@ -13,7 +13,6 @@ from samv2.common.errors import ConfigError
 from samv2.common.settings import ExpertSettings, Settings
 from samv2.data.sources import parse_domains
 from samv2.models.bootstrap import initial_config, parse_layers
-from samv2.models.expert_config import ExpertModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

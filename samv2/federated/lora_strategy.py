@@ -32,7 +32,7 @@ from samv2.federated.exchange import first_line, reported_scores
 from samv2.federated.grid import message_to
 from samv2.federated.lora_app import to_arrays, to_tensors
 from samv2.federated.lora_methods import LoraMethod
-from samv2.federated.scores import is_scored, sum_scores
+from samv2.federated.scores import believed_scores, is_scored, sum_scores
 from samv2.models.perplexity import Score
 
 log = logging.getLogger(__name__)
@@ -230,12 +230,13 @@ class LoraFedAvg(FedAvg):
     ) -> MetricRecord:
         """Perplexity by domain; the sums are in ``scores``."""
         length = self.settings.train.sequence_length
-        self.scores = sum_scores(
+        believed = believed_scores(
             reported_scores(server_round, replies),
             nodes=set(self._clients),
             domains={parse_domain(spec)[0] for spec in self.settings.data.domains},
             most_tokens=self.settings.federation.eval_windows * (length - 1),
         )
+        self.scores = sum_scores(believed)
         return MetricRecord(
             {name: score.perplexity for name, score in self.scores.items()}
         )

@@ -31,14 +31,14 @@ SCALE = 100.0
 def rehearsal_mod(
     settings_of: Callable[[Context], Settings],
     client_of: Callable[[Context], int],
-    manifest_of: Callable[[Context], Manifest],
+    manifest_of: Callable[[Message, Context], Manifest],
 ) -> Mod:
     """A mod that makes clients fail and lie as the section ``rehearsal`` says.
 
     Args:
         settings_of: of the run, from a client's context.
         client_of: its index.
-        manifest_of: of the model's trainable blocks.
+        manifest_of: of the model's trainable blocks, from a request and a context.
     """
 
     def mod(message: Message, context: Context, honest: ClientAppCallable) -> Message:
@@ -57,7 +57,8 @@ def rehearsal_mod(
         if attack is None or reply.has_error():
             return reply
         log.warning("REHEARSAL: client %d, round %d: %s", client, round, attack)
-        content = tampered(attack, reply.content, round, manifest_of(context), settings)
+        manifest = manifest_of(message, context)
+        content = tampered(attack, reply.content, round, manifest, settings)
         return Message(content, reply_to=message)
 
     return mod

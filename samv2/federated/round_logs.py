@@ -66,7 +66,7 @@ class RoundLogs:
         """
         begin = time.perf_counter()
         root, merge = self._root, report.merge
-        write_merge(root, merge, report.changes)
+        write_merge(root, merge, report.drift.changes)
         append_pack_sizes(root, merge, self._manifest)
         append_usage(root, merge)
         if self._settings.federation.keep_frames:
@@ -96,7 +96,7 @@ class RoundLogs:
                 [edit.layer, edit.src, edit.dst, edit.kind] for edit in merge.edits
             ]
             self._events.event("edits", round=merge.round, edits=edits)
-        for change in report.changes:
+        for change in report.drift.changes:
             self._events.event("sibling", round=merge.round, **asdict(change))
         self._events.event("round_finished", **row)
 

@@ -66,13 +66,13 @@ def metrics_row(report: RoundReport) -> dict[str, Any]:
         "train_loss": loss,
         "perplexity": perplexities(report.scores),
         "bytes_up": sum(reply.bytes_up for reply in replies)
-        + sum(report.drift_bytes.values()),
+        + sum(report.drift.bytes_up.values()),
         "bytes_up_per_client": max((reply.bytes_up for reply in replies), default=0),
         "bytes_down": report.bytes_down_all,
         "bytes_down_per_client": report.bytes_down,
         "edits": len(report.merge.edits),
         "experts_updated": len(report.merge.contributors),
-        "sibling_changes": len(report.changes),
+        "sibling_changes": len(report.drift.changes),
         "graph_version": report.merge.graph_version,
         "seconds": dict(report.seconds),
     }

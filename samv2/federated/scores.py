@@ -21,20 +21,12 @@ def is_scored(settings: Settings, round: int) -> bool:
     return round % federation.eval_every == 0 or round == federation.rounds
 
 
-def sum_scores(
-    reported: Mapping[int, Mapping[str, Any]],
-    *,
-    nodes: Container[int],
-    domains: Container[str],
-    most_tokens: int,
-) -> dict[str, Score]:
+def sum_scores(believed: Mapping[int, Mapping[str, Score]]) -> dict[str, Score]:
     """Scores by domain, summed in node order so that the bits repeat.
 
-    Arguments as of :func:`believed_scores`.
+    Args:
+        believed: {node: its scores by domain}, as :func:`believed_scores` has them.
     """
-    believed = believed_scores(
-        reported, nodes=nodes, domains=domains, most_tokens=most_tokens
-    )
     scores: dict[str, Score] = {}
     for _, own in sorted(believed.items()):
         for domain, found in own.items():

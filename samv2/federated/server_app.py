@@ -191,7 +191,7 @@ def _federate(
         def on_round(current: ServerState, report: RoundReport) -> None:
             row, clients = logs.write(current, report)
             checkpoint(current)
-            if report.changes and current.siblings is not None:
+            if report.drift.changes and current.siblings is not None:
                 write_json(run.siblings, {"clients": current.siblings.members})
             table.add(row, clients)
 

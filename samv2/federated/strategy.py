@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from flwr.app import (
     ArrayRecord,
@@ -35,15 +34,8 @@ from samv2.federated.client_round import (
     pack_graph,
 )
 from samv2.federated.client_rows import tell_replies
-from samv2.federated.drift import (
-    SiblingChange,
-    apply_changes,
-    begin,
-    describe,
-    observe,
-    respond,
-    retire,
-)
+from samv2.federated.drift import begin
+from samv2.federated.drift_watch import DriftReport, watch_drift
 from samv2.federated.enrolment import (
     ANSWER_SECONDS,
     enrol_clients,
@@ -103,10 +95,8 @@ class RoundReport:
     merge: MergeReport
     scores: dict[str, Score]
     """Held-out score by domain, summed over clients; empty where none was asked for."""
-    changes: tuple[SiblingChange, ...] = ()
+    drift: DriftReport = DriftReport()
     """What was done about clients whose text has changed."""
-    drift_bytes: dict[int, int] = field(default_factory=dict)
-    """Bytes of token counts that clients sent for it."""
     bytes_down: int
     """Payload bytes sent to one client for training, the largest of the round."""
     bytes_down_all: int
@@ -131,7 +121,7 @@ class _Round:
     attempts: dict[int, int] = field(default_factory=dict)
     """How often each node was asked again."""
     bytes_down: int = 0
-    bytes_down_all: int = 0
+    """The largest first request."""
     asked: dict[int, int] = field(default_factory=dict)
     """{client: bytes sent to it}."""
 
@@ -190,8 +180,6 @@ class SamStrategy(Strategy):
         self._scores: dict[str, Score] = {}
         self._losses: dict[int, float] = {}
         self._moved: dict[int, float] = {}
-        self._changes: tuple[SiblingChange, ...] = ()
-        self._drift_bytes: dict[int, int] = {}
         self.siblings: dict[int, int] = {}
         """{client: the sibling that its text is for}, where this start fitted the gate."""
         self.count_frames: dict[int, bytes] = {}
@@ -250,7 +238,16 @@ class SamStrategy(Strategy):
         scores: dict[str, Score] = {}
         if is_scored(self.settings, current):
             scores = self._evaluate(grid, current, timeout)
-        self.watch_drift(grid, scored=bool(scores))
+        drift = DriftReport()
+        if scores:
+            self.state, drift = watch_drift(
+                self.state,
+                self.settings,
+                grid,
+                self._clients,
+                losses=self._losses,
+                moved=self._moved,
+            )
         if self._on_round is not None and self._merge is not None:
             seconds = {
                 "train": self._trained - begin,
@@ -262,10 +259,9 @@ class SamStrategy(Strategy):
             report = RoundReport(
                 merge=self._merge,
                 scores=scores,
-                changes=self._changes,
-                drift_bytes=self._drift_bytes,
+                drift=drift,
                 bytes_down=self._current.bytes_down,
-                bytes_down_all=self._current.bytes_down_all,
+                bytes_down_all=sum(self._current.asked.values()),
                 seconds=seconds,
                 asked=self._current.asked,
                 waited={nodes[n]: t for n, t in arrivals.items() if n in nodes},
@@ -306,9 +302,7 @@ class SamStrategy(Strategy):
         request = replace(sent, graph=self._graph_for(node))
         content = request_to_record(request)
         content[ATTEMPT] = ConfigRecord({"number": attempt})
-        size = request_bytes(request)
-        self._current.bytes_down_all += size
-        self._current.asked[client] += size
+        self._current.asked[client] += request_bytes(request)
         return message_to(grid, node, content, MessageType.TRAIN, str(current))
 
     def enrol(self, grid: Grid) -> None:
@@ -368,39 +362,6 @@ class SamStrategy(Strategy):
         memory = begin(counts, self.siblings) if drift.detect else None
         self.state = replace(self.state, blocks=blocks, siblings=memory)
 
-    def watch_drift(self, grid: Grid, *, scored: bool) -> None:
-        """After an evaluation: see whose text has changed, and find it a sibling."""
-        memory, drift = self.state.siblings, self.settings.drift
-        self._changes, self._drift_bytes = (), {}
-        if memory is None or not scored:
-            return
-        memory, alarmed = observe(memory, self._losses, self._moved, drift)
-        memory, retired = retire(memory, drift)
-        changes: tuple[SiblingChange, ...] = ()
-        if alarmed:
-            counts, frames = ask_counts(
-                grid, self._clients, alarmed, self.state.round + 1
-            )
-            self._drift_bytes = {c: len(frame) for c, frame in frames.items()}
-            memory, changes = respond(
-                memory,
-                counts,
-                drift,
-                siblings=self.settings.adapter.siblings,
-                round=self.state.round,
-            )
-        self._changes = retired + changes
-        for change in self._changes:
-            log.info("round %d: %s", self.state.round, describe(change))
-        blocks = apply_changes(
-            self.state.blocks,
-            memory,
-            self._changes,
-            siblings=self.settings.adapter.siblings,
-            experts=self.state.graph.order_LE.numel(),
-        )
-        self.state = replace(self.state, blocks=blocks, siblings=memory)
-
     def _lacks_gate(self) -> bool:
         """Whether there are siblings, and nobody has said yet what each is for."""
         siblings = self.settings.adapter.siblings
@@ -423,8 +384,7 @@ class SamStrategy(Strategy):
             )
             size = request_bytes(request)
             self._current.bytes_down = max(self._current.bytes_down, size)
-            self._current.bytes_down_all += size
-            self._current.asked[self._current.nodes[node]] = size
+            self._current.asked[client] = size
             messages.append(
                 message_to(
                     grid,
@@ -515,13 +475,13 @@ class SamStrategy(Strategy):
         federation = self.settings.federation
         length = self.settings.train.sequence_length
         reported = reported_scores(server_round, replies)
-        limits: dict[str, Any] = {
-            "nodes": set(self._clients),
-            "domains": domain_names(self.settings),
-            "most_tokens": federation.eval_windows * (length - 1),
-        }
-        self._scores = sum_scores(reported, **limits)
-        believed = believed_scores(reported, **limits)
+        believed = believed_scores(
+            reported,
+            nodes=set(self._clients),
+            domains=domain_names(self.settings),
+            most_tokens=federation.eval_windows * (length - 1),
+        )
+        self._scores = sum_scores(believed)
         self._losses = {self._clients[n]: mean_loss(own) for n, own in believed.items()}
         moved = told_distances(reported, self._clients)
         self._moved = {self._clients[node]: far for node, far in moved.items()}

@@ -19,7 +19,7 @@ from samv2.data.shard_types import (
     FederatedText,
     LaterText,
 )
-from samv2.data.shards import save_federated_text
+from samv2.data.shards import load_client, save_federated_text
 from samv2.experts.block_ids import expert_block, gate_block
 from samv2.experts.sibling_gate import (
     BUCKETS,
@@ -234,10 +234,11 @@ def test_the_memory_survives_as_tensors_and_facts() -> None:
 def test_a_client_remembers_what_it_told(tmp_path: Path, drifting_shards: Path) -> None:
     folder = state_folder(tmp_path, 0)
     assert load_counts(folder) is None
-    told = unpack_counts(tell_counts(drifting_shards, tmp_path, 0, 1))
+    shard = load_client(drifting_shards, 0)
+    told = unpack_counts(tell_counts(tmp_path, 0, shard))
     kept = load_counts(folder)
     assert kept is not None and distance(kept, told) < 0.01
-    later = unpack_counts(tell_counts(drifting_shards, tmp_path, 0, 3))
+    later = unpack_counts(tell_counts(tmp_path, 0, shard.at(3)))
     assert distance(kept, later) > 0.9
     (folder / "counts.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="damaged.*remove the file"):

@@ -166,7 +166,7 @@ def app_of(settings: Settings) -> ClientApp:
     mod = rehearsal_mod.rehearsal_mod(
         lambda context: settings,
         lambda context: int(context.node_config["client"]),
-        lambda context: toy_manifest(),
+        lambda message, context: toy_manifest(),
     )
     app = ClientApp(mods=[mod])
 

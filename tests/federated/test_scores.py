@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from samv2.federated.scores import is_scored, sum_scores
+from samv2.federated.scores import believed_scores, is_scored, sum_scores
 from tests.federated.runs import small_settings
 
 SCORED: list[tuple[dict[str, Any], dict[str, int]]] = [
@@ -30,12 +30,13 @@ SCORED: list[tuple[dict[str, Any], dict[str, int]]] = [
 def test_scores_that_cannot_be_are_left_out(
     metrics: dict[str, Any], tokens: dict[str, int]
 ) -> None:
-    found = sum_scores(
+    believed = believed_scores(
         {100: metrics},
         nodes={100},
         domains={"python", "pydoc"},
         most_tokens=100,
     )
+    found = sum_scores(believed)
     assert {name: score.tokens for name, score in found.items()} == tokens
 
 
@@ -44,9 +45,10 @@ def test_scores_are_summed_over_the_nodes_that_were_asked() -> None:
         node: {"nll.python": nll, "tokens.python": 10}
         for node, nll in ((102, 1.0), (100, 2.0), (109, 800.0))
     }
-    found = sum_scores(
+    believed = believed_scores(
         reported | {101: {}}, nodes={100, 101, 102}, domains={"python"}, most_tokens=10
     )
+    found = sum_scores(believed)
     assert found["python"].nll == 3.0 and found["python"].tokens == 20
 
 

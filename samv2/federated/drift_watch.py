@@ -1,0 +1,84 @@
+"""The server's watch over its clients' text, from one scoring to the next.
+
+Asks and applies; what is decided, and why, is in :mod:`samv2.federated.drift`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from flwr.serverapp import Grid
+
+from samv2.common.settings import Settings
+from samv2.federated.ask_counts import ask_counts
+from samv2.federated.drift import (
+    SiblingChange,
+    apply_changes,
+    describe,
+    observe,
+    respond,
+    retire,
+)
+from samv2.federated.server_merge import ServerState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftReport:
+    """What a round's watch came to."""
+
+    changes: tuple[SiblingChange, ...] = ()
+    """What was done about clients whose text has changed."""
+    bytes_up: dict[int, int] = field(default_factory=dict)
+    """Bytes of token counts that clients sent for it."""
+
+
+def watch_drift(
+    state: ServerState,
+    settings: Settings,
+    grid: Grid,
+    clients: Mapping[int, int],
+    *,
+    losses: Mapping[int, float],
+    moved: Mapping[int, float],
+) -> tuple[ServerState, DriftReport]:
+    """After a scoring: see whose text has changed, and find it a sibling.
+
+    Args:
+        state: after the round's merge; where it watches no siblings, nothing is done.
+        settings: of the run.
+        grid: to ask alarmed clients for token counts on.
+        clients: {node id: client}.
+        losses: {client: mean held-out loss, nats} of those that were scored.
+        moved: {client: distance of its text from what it was} of those that said so.
+
+    Returns:
+        The state after, and what was done.
+    """
+    memory, siblings = state.siblings, settings.adapter.siblings
+    if memory is None:
+        return state, DriftReport()
+    memory, alarmed = observe(memory, losses, moved, settings.drift)
+    memory, changes = retire(memory, settings.drift)
+    frames: dict[int, bytes] = {}
+    if alarmed:
+        counts, frames = ask_counts(grid, clients, alarmed, state.round + 1)
+        memory, found = respond(
+            memory, counts, settings.drift, siblings=siblings, round=state.round
+        )
+        changes += found
+    for change in changes:
+        log.info("round %d: %s", state.round, describe(change))
+    blocks = apply_changes(
+        state.blocks,
+        memory,
+        changes,
+        siblings=siblings,
+        experts=state.graph.order_LE.numel(),
+    )
+    sent = {client: len(frame) for client, frame in frames.items()}
+    watched = replace(state, blocks=blocks, siblings=memory)
+    return watched, DriftReport(changes=changes, bytes_up=sent)
