@@ -19,6 +19,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from process_memory import memory_bytes
 from torch import Tensor
 
 from samv2.experts.emoe_cluster import (
@@ -80,18 +81,12 @@ def timed(
     return inertia(features, labels), min(wall), min(cpu)
 
 
-def status(field: str) -> int:
-    """Bytes that the kernel reports of this process, say its VmRSS or VmHWM."""
-    with open("/proc/self/status") as lines:
-        return next(1024 * int(n.split()[1]) for n in lines if n.startswith(field))
-
-
 def grown_memory() -> dict[str, int]:
     """Peak growth of this process over one clustering, features included."""
     run(planted(64, 200), 4, "fast")
-    before = status("VmRSS")
+    before = memory_bytes("VmRSS")
     run(planted(ROWS, WIDTH), EXPERTS, "fast")
-    return {"grown": status("VmHWM") - before}
+    return {"grown": memory_bytes("VmHWM") - before}
 
 
 def compare(

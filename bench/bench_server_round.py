@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from merge_rounds import write_replies
 from rich.console import RenderableType
-from server_rounds import round_elsewhere, write_frames
+from server_rounds import DISTINCT, round_elsewhere
 
 from samv2.common.telemetry import number_table
 
@@ -28,7 +29,7 @@ MOST_GROWTH_MB = 8.0
 def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What clients send."""
     made = tmp_path_factory.mktemp("frames")
-    write_frames(made)
+    write_replies(made, DISTINCT)
     return made
 
 

@@ -3,8 +3,7 @@
 Run as a script, it merges them in a process of its own and prints seconds and memory as
 JSON: ``python bench/merge_rounds.py FOLDER CLIENTS [held] [KEY=VALUE ...]``; ``held``
 keeps all frames in memory. Seconds are of CPU time, reading the files included: other
-processes on the machine take time on the clock. Memory is Linux's VmHWM, which starts
-anew with a program; ``ru_maxrss`` would start at what the parent had.
+processes on the machine take time on the clock.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from packing_merges import (
     contributions,
 )
 from packing_speed import ROUND
+from process_memory import memory_bytes
 
 from samv2.common.config import load_settings
 from samv2.common.settings import Settings
@@ -47,10 +47,10 @@ KEY = bytes(32)
 HELD = "held"
 
 
-def write_replies(folder: Path) -> None:
+def write_replies(folder: Path, clients: int = CLIENTS) -> None:
     """The budget's experts and usage counts of every client, and an index of them."""
     rows = []
-    for item in contributions(ADAPTERS[0]):
+    for item in contributions(ADAPTERS[0], clients):
         (folder / f"{item.client}.bin").write_bytes(item.read())
         generator = torch.Generator().manual_seed(item.client)
         shape = (LAYERS, EXPERTS, EXPERTS)
@@ -130,22 +130,13 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, clients, *rest = sys.argv[1:]
     settings = settings_of(*(item for item in rest if item != HELD))
-    before = memory_MB("VmRSS")
+    before = memory_bytes("VmRSS")
     replies = read_replies(Path(folder), int(clients), held=HELD in rest)
     begin = time.process_time()
     merge(replies, settings)
     seconds = time.process_time() - begin
-    grown = memory_MB("VmHWM") - before
+    grown = (memory_bytes("VmHWM") - before) / 1e6
     print(json.dumps({"seconds": seconds, "grown_MB": grown}))
-
-
-def memory_MB(name: str) -> float:
-    """A line of this process's memory: ``VmRSS`` now, ``VmHWM`` at most so far."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key == name:
-            return int(value.split()[0]) * 1024 / 1e6
-    raise RuntimeError(f"/proc/self/status has no {name}; this bench needs Linux")
 
 
 if __name__ == "__main__":

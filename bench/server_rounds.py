@@ -2,14 +2,13 @@
 
 Run as a script, it runs one round in a process of its own and prints CPU seconds by phase
 and memory as JSON: ``python bench/server_rounds.py FRAMES WORK CLIENTS``. FRAMES is a
-folder that :func:`write_frames` filled, WORK one for spool and checkpoint.
+folder that ``write_replies`` of merge_rounds filled, WORK one for spool and checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -17,13 +16,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from merge_rounds import settings_of, start
-from packing_merges import ADAPTERS, EXPERTS, LAYERS, adapter_manifest, contributions
-from packing_speed import ROUND
+from packing_merges import adapter_manifest
+from process_memory import memory_bytes
 
 from samv2.federated.checkpoint import save_checkpoint
 from samv2.federated.client_round import TrainReply
@@ -31,25 +29,10 @@ from samv2.federated.grid import EmbeddedGrid, reply_to_record
 from samv2.federated.server_merge import ServerState, broadcast_frame
 from samv2.federated.spool import Spool
 from samv2.federated.strategy import RoundReport, SamStrategy
-from samv2.federated.usage import EdgeCounts, pack_usage
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTINCT = 20
 """Different replies; clients take them in turn."""
-
-
-def write_frames(folder: Path) -> None:
-    """Updates as large as the default budget lets them be, and usage counts."""
-    for item in contributions(ADAPTERS[0], DISTINCT):
-        (folder / f"{item.client}.bin").write_bytes(item.read())
-        generator = torch.Generator().manual_seed(item.client)
-        shape = (LAYERS, EXPERTS, EXPERTS)
-        usage, demand = (
-            torch.randint(500, shape, generator=generator).triu() for _ in range(2)
-        )
-        counts = EdgeCounts(usage_LEE=usage, demand_LEE=demand)
-        frame = pack_usage(counts, round=ROUND)
-        (folder / f"{item.client}.usage.bin").write_bytes(frame)
 
 
 def client_app(folder: Path, spent: list[float]) -> ClientApp:
@@ -133,9 +116,9 @@ def round_elsewhere(folder: Path, work: Path, clients: int) -> dict[str, float]:
 def main() -> None:
     torch.set_num_threads(1)
     folder, work, clients = sys.argv[1:]
-    before = psutil.Process().memory_info().rss
+    before = memory_bytes("VmRSS")
     found = one_round(Path(folder), Path(work), int(clients))
-    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = memory_bytes("VmHWM")
     print(json.dumps(found | {"grown_MB": (most - before) / 1e6}))
 
 

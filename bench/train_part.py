@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - not the model's memory
+from process_memory import memory_bytes
 
 import samv2.federated.client_app  # noqa: F401
 from samv2.common.config import load_settings
@@ -28,15 +29,6 @@ from samv2.federated.client_round import (
 from samv2.federated.memory import estimate_memory
 from samv2.models.save import read_expert_config
 from samv2.updates.packing import pack
-
-
-def status_bytes(field: str) -> int:
-    """A size that Linux tells of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 def main(root: Path, case: dict[str, int], overrides: list[str]) -> dict[str, object]:
@@ -55,7 +47,7 @@ def main(root: Path, case: dict[str, int], overrides: list[str]) -> dict[str, ob
         edge_mask_LEE=torch.eye(experts, dtype=torch.bool).repeat(layers, 1, 1),
         order_LE=torch.arange(experts).repeat(layers, 1),
     )
-    before = status_bytes("VmRSS")
+    before = memory_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     folders = (root / "model", root / "shards", root / "states")
     runtime = load_runtime(*folders, settings, part)
@@ -76,7 +68,7 @@ def main(root: Path, case: dict[str, int], overrides: list[str]) -> dict[str, ob
         tokens=windows * train.sequence_length,
     )
     return {
-        "measured": status_bytes("VmHWM") - before,
+        "measured": memory_bytes("VmHWM") - before,
         "parts": estimate.to_dict(),
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 from transformers.utils.logging import disable_progress_bar
 
+from samv2.common.event_log import json_value
 from samv2.common.files import write_bytes
 
 METRICS = "metrics.jsonl"
@@ -91,7 +91,7 @@ class RowsFile:
         Returns:
             What was written: NaN and infinity are null.
         """
-        clean = _without_nonfinite(row)
+        clean = json_value(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
             file.flush()
@@ -148,16 +148,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             break
         rows.append(row)
     return rows
-
-
-def _without_nonfinite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nonfinite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _scalars(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

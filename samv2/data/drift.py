@@ -2,8 +2,8 @@
 
 An entry is ``ROUND:CLIENTS=DOMAIN``: from that round on the clients hold text of the
 domain and no other. Clients are numbers and spans (``0``, ``0-3``, ``0+4-6``), the domain
-a built-in one or ``NAME=PATH``; it may be one that other clients hold from the start, whose text the
-drifted ones then hold as well.
+a built-in one or ``NAME=PATH``; it may be one that other clients hold from the start,
+whose text the drifted ones then hold as well.
 """
 
 from __future__ import annotations

@@ -26,8 +26,6 @@ from samv2.common.event_log import EventLog, event_log
 from samv2.common.files import sweep, write_json
 from samv2.common.settings import Settings
 from samv2.common.telemetry import read_metrics, read_rows
-from samv2.common.threads import one_thread
-from samv2.data.shards import load_calibration
 from samv2.federated.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -54,20 +52,16 @@ from samv2.federated.run_logs import (
     keep_counts,
     perplexities,
 )
-from samv2.federated.run_text import calibration_windows
 from samv2.federated.server_merge import ServerState, initial_state
 from samv2.federated.spool import Spool
 from samv2.federated.strategy import RoundReport, SamStrategy
-from samv2.federated.subgraph import Planner, gate_mass
+from samv2.federated.subgraph import planner_of
+from samv2.models.expert_model import ExpertModel
 from samv2.models.perplexity import Score
 from samv2.models.save import load_expert_model
 from samv2.updates.packing import Manifest
 
 log = logging.getLogger(__name__)
-
-
-MASS_TOKENS = 4096
-"""Calibration tokens on which experts are weighed for clients with budgets."""
 
 
 def run_embedded(
@@ -146,7 +140,10 @@ def _federate(
     begin = time.perf_counter()
     if (words := rehearsal_warning(settings)) is not None:
         log.warning(words)
-    state, manifest, facts, first_biases_LE = _restore(run, settings, prepared)
+    model, _ = load_expert_model(run_model(run, settings))
+    state, manifest, facts, first_biases_LE = _restore(run, model, prepared)
+    planner = planner_of(model, run.shards, settings)
+    del model  # the server trains none
     start_scores, spent = facts["start"], facts["seconds"]
     logs = RoundLogs(
         run.root,
@@ -181,18 +178,18 @@ def _federate(
         def on_start(scores: dict[str, Score]) -> None:
             facts["start"] = perplexities(scores)
             facts["gate_bytes"] = {str(k): v for k, v in strategy.gate_bytes.items()}
-            checkpoint(strategy.state)
             if strategy.siblings:
                 write_json(run.siblings, {"clients": strategy.siblings})
+            checkpoint(strategy.state)
             if settings.federation.keep_frames:
                 keep_counts(run.root, strategy.count_frames)
             table.start(facts["start"])
 
         def on_round(current: ServerState, report: RoundReport) -> None:
             row, clients = logs.write(current, report)
-            checkpoint(current)
             if report.drift.changes and current.siblings is not None:
                 write_json(run.siblings, {"clients": current.siblings.members})
+            checkpoint(current)
             table.add(row, clients)
 
         strategy = SamStrategy(
@@ -200,7 +197,7 @@ def _federate(
             manifest,
             settings,
             visits=prepared.visits,
-            planner=planner_of(run, settings),
+            planner=planner,
             key=noise_key(run.root, settings, resumed=state.round > 0),
             on_start=on_start if start_scores is None else None,
             on_round=on_round,
@@ -241,42 +238,13 @@ def make_server_app() -> ServerApp:
     return app
 
 
-def planner_of(run: RunFolder, settings: Settings) -> Planner | None:
-    """Makes parts for clients with budgets; None where the settings name none.
-
-    The gate mass is measured on the run's calibration text, so it is the same after a
-    resume.
-    """
-    if not settings.budgets.memory_bytes and not settings.budgets.flops:
-        return None
-    folder = run_model(run, settings)
-    model, _ = load_expert_model(folder)
-    model.set_experts_per_token(settings.experts.experts_per_token)
-    length = settings.train.sequence_length
-    tokens_BS = calibration_windows(
-        load_calibration(run.shards), MASS_TOKENS, length
-    ).long()
-    with one_thread():  # the same parts on any number of cores
-        mass_LE = gate_mass(model, tokens_BS)
-    return Planner(
-        config=model.expert_config,
-        dense=model.config,
-        mass_LE=mass_LE,
-        experts_per_token=settings.experts.experts_per_token,
-        batch_size=settings.train.batch_size,
-        sequence_length=length,
-        weight_bytes=model.llama.dtype.itemsize,
-    )
-
-
 def _restore(
-    run: RunFolder, settings: Settings, prepared: Prepared
+    run: RunFolder, model: ExpertModel, prepared: Prepared
 ) -> tuple[ServerState, Manifest, dict[str, Any], Tensor]:
     """State, manifest, and what is known of earlier starts: ``start`` perplexities
     (None before they are scored), ``seconds`` spent, ``gate_bytes`` by client, and what
     the strategy remembers of ``clients``; and the (L, E) gate biases of the bootstrapped
     model."""
-    model, _ = load_expert_model(run_model(run, settings))
     blocks = model.read_blocks()
     manifest = Manifest.of(blocks)
     biases_LE = gate_biases(blocks, *model.graph.edge_mask_LEE.shape[:2])

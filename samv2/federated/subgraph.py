@@ -22,16 +22,21 @@ from transformers import PretrainedConfig
 
 from samv2.common.errors import ConfigError
 from samv2.common.settings import Settings
+from samv2.common.threads import one_thread
+from samv2.data.shards import load_calibration
 from samv2.experts.block_ids import assembler_block, expert_block, gate_block
 from samv2.experts.moe_layers import WalkOptions
 from samv2.experts.sub_graph import SubGraph
 from samv2.federated.memory import MemoryEstimate, estimate_memory
+from samv2.federated.run_text import calibration_windows
 from samv2.models.expert_config import ExpertModelConfig
 from samv2.models.expert_model import ExpertModel
 from samv2.models.save import read_expert_config
 from samv2.updates.packing import Manifest
 
 LARGEST_BUDGET = 2**50
+MASS_TOKENS = 4096
+"""Calibration tokens on which experts are weighed for clients with budgets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +195,35 @@ class Planner:
                 "bootstrap with experts.quantise = 'nf4'"
             ]
         )
+
+
+def planner_of(model: ExpertModel, shards: Path, settings: Settings) -> Planner | None:
+    """A run's planner; None where the settings name no budgets.
+
+    The gate mass is measured on the run's calibration text, so it is the same after a
+    resume.
+
+    Args:
+        model: the bootstrapped model; it makes the run's K visits from now on.
+        shards: folder of the run's text.
+        settings: of the run.
+    """
+    if not settings.budgets.memory_bytes and not settings.budgets.flops:
+        return None
+    model.set_experts_per_token(settings.experts.experts_per_token)
+    length = settings.train.sequence_length
+    tokens_BS = calibration_windows(load_calibration(shards), MASS_TOKENS, length)
+    with one_thread():  # the same parts on any number of cores
+        mass_LE = gate_mass(model, tokens_BS.long())
+    return Planner(
+        config=model.expert_config,
+        dense=model.config,
+        mass_LE=mass_LE,
+        experts_per_token=settings.experts.experts_per_token,
+        batch_size=settings.train.batch_size,
+        sequence_length=length,
+        weight_bytes=model.llama.dtype.itemsize,
+    )
 
 
 def keep_heaviest(

@@ -18,13 +18,13 @@ WINDOW = 64
 
 
 def test_a_schedule_is_read_in_order_of_rounds() -> None:
-    drifts = parse_drifts(["6:2+0-1=math", "3:1=own=/tmp/a=b"], 3)
+    drifts = parse_drifts(["6:2+0-1=math", "3:1=own=texts/a=b"], 3)
     assert drifts == (
-        Drift(round=3, clients=(1,), domain="own=/tmp/a=b"),
+        Drift(round=3, clients=(1,), domain="own=texts/a=b"),
         Drift(round=6, clients=(0, 1, 2), domain="math"),
     )
     assert [drift.name for drift in drifts] == ["own", "math"]
-    assert drift_specs(["math", "legal"], drifts) == ["own=/tmp/a=b"]
+    assert drift_specs(["math", "legal"], drifts) == ["own=texts/a=b"]
     assert parse_drifts([], 3) == ()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
@@ -14,8 +15,11 @@ from torch import Tensor
 from samv2.common.config import load_settings
 from samv2.common.settings import Settings
 from samv2.experts.graph import ExpertGraph
+from samv2.federated import round_logs
 from samv2.federated.client_round import TrainReply
-from samv2.federated.server_merge import ServerState, initial_state
+from samv2.federated.run_logs import write_merge
+from samv2.federated.server_app import run_embedded
+from samv2.federated.server_merge import MergeReport, ServerState, initial_state
 from samv2.federated.usage import EdgeCounts, pack_usage, zero_counts
 from samv2.updates.packing import Manifest, pack
 
@@ -54,6 +58,24 @@ def small_settings(model: Path | str, *overrides: str) -> Settings:
 def quiet() -> Console:
     """A console that nobody reads."""
     return Console(quiet=True)
+
+
+class Interrupted(Exception):
+    """What ends a run in :func:`interrupt`."""
+
+
+def interrupt(settings: Settings, root: Path, *, in_round: int) -> None:
+    """Run until a round is merged but not yet logged."""
+
+    def stop(folder: Path, report: MergeReport, *rest: Any) -> None:
+        if report.round == in_round:
+            raise Interrupted
+        write_merge(folder, report, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_logs, "write_merge", stop)
+        with pytest.raises(Interrupted):
+            run_embedded(settings, root, console=quiet())
 
 
 def checkpoint_tensors(root: Path, round: int) -> dict[str, Tensor]:

@@ -27,7 +27,6 @@ from samv2.experts.sibling_gate import (
     fit_sibling_gate,
     gate_for_kinds,
 )
-from samv2.federated import round_logs
 from samv2.federated.checkpoint import latest_checkpoint, load_checkpoint
 from samv2.federated.client_round import state_folder, tell_counts
 from samv2.federated.client_state import load_counts
@@ -46,14 +45,13 @@ from samv2.federated.drift import (
 )
 from samv2.federated.drift_state import from_parts, to_parts
 from samv2.federated.run_folder import RunFolder
-from samv2.federated.run_logs import write_merge
 from samv2.federated.scores import MOVED, domain_names, told_distances
 from samv2.federated.server_app import run_embedded
-from samv2.federated.server_merge import MergeReport
 from samv2.federated.siblings import unpack_counts, used_siblings
 from tests.federated.runs import (
     assert_same_bits,
     checkpoint_tensors,
+    interrupt,
     quiet,
     small_settings,
 )
@@ -321,18 +319,7 @@ def test_a_client_that_changes_its_text_gets_a_sibling_and_a_resumed_run_its_bit
     members = json.loads((whole / "siblings.json").read_text())["clients"]
     assert members == {"0": 2, "1": 1}
 
-    class Stop(Exception):
-        pass
-
-    def stop(root: Path, report: MergeReport, changes: object) -> None:
-        if report.round == 4:
-            raise Stop
-        write_merge(root, report)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_logs, "write_merge", stop)
-        with pytest.raises(Stop):
-            run_embedded(settings, parted, console=quiet())
+    interrupt(settings, parted, in_round=4)
     run_embedded(settings, parted, resume=True, console=quiet())
     assert_same_bits(checkpoint_tensors(whole, 5), checkpoint_tensors(parted, 5))
     path = latest_checkpoint(RunFolder(root=parted).checkpoints)

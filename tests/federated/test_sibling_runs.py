@@ -36,6 +36,7 @@ from samv2.updates.packing import pack
 from tests.federated.runs import (
     assert_same_bits,
     checkpoint_tensors,
+    interrupt,
     quiet,
     small_settings,
     toy_graph,
@@ -184,23 +185,8 @@ def test_counts_are_part_of_the_first_upload(finished: Path) -> None:
 def test_resuming_ends_in_the_same_bits(
     finished: Path, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
-    class Stop(Exception):
-        pass
-
     settings = small_settings(tiny_llama_folder, *SIBLINGS)
-    from samv2.federated import round_logs
-
-    original = round_logs.write_merge
-
-    def stop(root: Path, report: object, changes: object) -> None:
-        if report.round == 2:
-            raise Stop
-        original(root, report, changes)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_logs, "write_merge", stop)
-        with pytest.raises(Stop):
-            run_embedded(settings, tmp_path, console=quiet())
+    interrupt(settings, tmp_path, in_round=2)
     run_embedded(settings, tmp_path, resume=True, console=quiet())
     assert_same_bits(checkpoint_tensors(tmp_path, 3), checkpoint_tensors(finished, 3))
     for left, right in zip(read_metrics(finished), read_metrics(tmp_path), strict=True):

@@ -38,6 +38,7 @@ from tests.federated.runs import (
     LAYERS,
     assert_same_bits,
     checkpoint_tensors,
+    interrupt,
     quiet,
     small_settings,
     toy_manifest,
@@ -307,21 +308,7 @@ def test_a_mixed_federation_merges_and_resumes_to_the_bit(
     first, last = rows[0]["perplexity"], rows[-1]["perplexity"]
     assert sum(last.values()) < sum(first.values())
 
-    class Stop(Exception):
-        pass
-
-    def stop(root: Path, report: object, changes: object) -> None:
-        if report.round == 3:
-            raise Stop
-        write_merge(root, report, changes)
-
-    from samv2.federated import round_logs
-    from samv2.federated.run_logs import write_merge
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_logs, "write_merge", stop)
-        with pytest.raises(Stop):
-            run_embedded(settings, parted, console=quiet())
+    interrupt(settings, parted, in_round=3)
     run_embedded(settings, parted, resume=True, console=quiet())
     assert_same_bits(checkpoint_tensors(whole, 3), checkpoint_tensors(parted, 3))
 

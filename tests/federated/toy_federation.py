@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import (
     Array,
     ArrayRecord,
