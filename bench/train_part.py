@@ -19,13 +19,8 @@ import samv2.federated.client_app  # noqa: F401
 from samv2.common.config import load_settings
 from samv2.experts.graph import ExpertGraph
 from samv2.experts.sub_graph import SubGraph
-from samv2.federated.client_round import (
-    GraphMessage,
-    RoundRequest,
-    load_runtime,
-    pack_graph,
-    train_round,
-)
+from samv2.federated.client_round import RoundRequest, load_runtime, train_round
+from samv2.federated.graph_message import GraphMessage, pack_graph
 from samv2.federated.memory import estimate_memory
 from samv2.models.save import read_expert_config
 from samv2.updates.packing import pack

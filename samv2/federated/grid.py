@@ -31,13 +31,8 @@ from samv2.common.errors import FederationError, FrameError
 from samv2.common.settings import FederationSettings
 from samv2.common.threads import one_thread
 from samv2.experts.sub_graph import SubGraph
-from samv2.federated.client_round import (
-    GraphMessage,
-    RoundRequest,
-    TrainReply,
-    edits_from_json,
-    edits_to_json,
-)
+from samv2.federated.client_round import RoundRequest, TrainReply
+from samv2.federated.graph_message import GraphMessage, edits_from_json, edits_to_json
 from samv2.federated.workers import LATE, NO_REPLY, Worker, answer, failed
 
 FRAME_STYPE = "samv2.frame.v1"

@@ -27,12 +27,7 @@ from samv2.common.errors import FederationError
 from samv2.common.settings import Settings
 from samv2.experts.sub_graph import SubGraph
 from samv2.federated.ask_counts import ask_counts
-from samv2.federated.client_round import (
-    GraphMessage,
-    RoundRequest,
-    edits_to_json,
-    pack_graph,
-)
+from samv2.federated.client_round import RoundRequest
 from samv2.federated.client_rows import tell_replies
 from samv2.federated.drift import begin
 from samv2.federated.drift_watch import DriftReport, watch_drift
@@ -48,6 +43,7 @@ from samv2.federated.exchange import (
     reported_scores,
     sort_replies,
 )
+from samv2.federated.graph_message import GraphMessage, edits_to_json, pack_graph
 from samv2.federated.grid import (
     message_to,
     reply_from_record,

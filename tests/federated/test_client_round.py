@@ -23,19 +23,21 @@ from samv2.data.shards import (
 from samv2.experts.graph import Edit, ExpertGraph
 from samv2.federated.client_round import (
     ClientRuntime,
-    GraphMessage,
     RoundRequest,
-    edits_from_json,
-    edits_to_json,
     evaluate_round,
     load_runtime,
-    pack_graph,
     round_seed,
     train_round,
+)
+from samv2.federated.client_state import load_client_state
+from samv2.federated.graph_message import (
+    GraphMessage,
+    edits_from_json,
+    edits_to_json,
+    pack_graph,
     unpack_graph,
     update_graph,
 )
-from samv2.federated.client_state import load_client_state
 from samv2.federated.usage import unpack_usage
 from samv2.updates.packing import pack, unpack
 from tests.federated.runs import small_settings, toy_graph

@@ -23,7 +23,8 @@ from flwr.clientapp import ClientApp
 from samv2.common.errors import FederationError, FrameError
 from samv2.experts.graph import Edit
 from samv2.federated import grid as grid_module
-from samv2.federated.client_round import GraphMessage, RoundRequest, pack_graph
+from samv2.federated.client_round import RoundRequest
+from samv2.federated.graph_message import GraphMessage, pack_graph
 from samv2.federated.grid import (
     EmbeddedGrid,
     message_to,

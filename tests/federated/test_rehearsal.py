@@ -20,7 +20,8 @@ from samv2.common.settings import Settings
 from samv2.common.settings_checks import ATTACKS
 from samv2.common.telemetry import read_metrics
 from samv2.federated import rehearsal_mod
-from samv2.federated.client_round import GraphMessage, RoundRequest
+from samv2.federated.client_round import RoundRequest
+from samv2.federated.graph_message import GraphMessage
 from samv2.federated.grid import (
     EmbeddedGrid,
     reply_from_record,

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from samv2.common.settings import Settings
 from samv2.federated.checkpoint import save_checkpoint
-from samv2.federated.client_round import TrainReply, update_graph
+from samv2.federated.client_round import TrainReply
 from samv2.federated.client_state import (
     ClientState,
     load_client_state,
     save_client_state,
 )
+from samv2.federated.graph_message import update_graph
 from samv2.federated.grid import (
     FIRST_NODE,
     Again,
