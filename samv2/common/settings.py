@@ -128,6 +128,9 @@ class DataSettings:
 class TrainSettings:
     """Local training on a client."""
 
+    device: str = "auto"
+    """Where clients compute: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU where there
+    is one. A Flower node's own config has precedence."""
     local_steps: int = 5
     """Optimiser steps a round."""
     batch_size: int = 4
@@ -161,7 +164,8 @@ class FederationSettings:
     clients_per_round: int = 0
     """Clients sampled a round; 0 means all."""
     workers: int = 0
-    """Processes of the embedded engine, one torch thread each; 0 means one a core."""
+    """Processes of the embedded engine, one torch thread each; 0 means one a core, or
+    one a GPU where clients compute on those."""
     min_replies: int = 1
     """Valid replies below which a round is retried once, then the run stops."""
     update_budget_bytes: int = 262_144

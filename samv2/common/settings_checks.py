@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ QUANTISATIONS = ("none", "nf4")
 SCHEDULES = ("constant", "cosine")
 FACTORS = ("random", "gradient")
 RULES = ("mean", "trimmed_mean", "median")
+DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 OPTIMIZERS = ("fedavg", "fedavgm", "fedadam")
 ATTACKS = (
     "nan",
@@ -134,6 +136,8 @@ def _data_faults(settings: Settings) -> Iterator[str]:
 
 def _train_faults(settings: Settings) -> Iterator[str]:
     train = settings.train
+    if not DEVICES.fullmatch(train.device):
+        yield f"train.device is {train.device!r}; use auto, cpu, cuda or cuda:N"
     for name in ("local_steps", "batch_size"):
         yield from _below(f"train.{name}", getattr(train, name), 1)
     yield from _below("train.sequence_length", train.sequence_length, 8)

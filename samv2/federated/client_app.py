@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,8 @@ def client_index(context: Context) -> int:
 def place_from_context(context: Context) -> ClientPlace:
     """Where a Flower node finds its model, text and state.
 
-    The run directory is ``run-dir`` of the node config, else of the run config.
+    ``run-dir`` and ``device`` of the node config have precedence over the run config's
+    ``run-dir`` and ``train.device``.
 
     Raises:
         ConfigError: a setting is wrong, or the run directory is not absolute.
@@ -170,6 +171,9 @@ def place_from_context(context: Context) -> ClientPlace:
     settings, root = settings_from_run_config(context.run_config)
     if "run-dir" in context.node_config:
         root = Path(str(context.node_config["run-dir"]))
+    if "device" in context.node_config:
+        device = str(context.node_config["device"])
+        settings = replace(settings, train=replace(settings.train, device=device))
     run = RunFolder(root=root)
     return ClientPlace(
         model=run_model(run, settings),

@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from samv2.common.callbacks import TrainerCallback
+from samv2.common.devices import device_named
 from samv2.common.errors import FederationError
 from samv2.common.settings import Settings
 from samv2.common.threads import small_onednn_cache
@@ -106,13 +107,20 @@ def load_runtime(
     settings: Settings,
     part: SubGraph | None = None,
 ) -> ClientRuntime:
-    """Load the bootstrapped model, or a part of it, and remember its starting blocks."""
+    """Load the bootstrapped model, or a part of it, and remember its starting blocks.
+
+    Raises:
+        ConfigError: ``train.device`` names a GPU that is not there.
+        ModelError: the folder is damaged.
+    """
+    device = device_named(settings.train.device)
     small_onednn_cache()
     if part is None:
         model, _ = load_expert_model(model_folder)
         model.set_experts_per_token(settings.experts.experts_per_token)
     else:
         model, _ = load_sub_model(model_folder, part)
+    model.to(device)
     base_blocks = model.read_blocks()
     whole = part is None
     return ClientRuntime(

@@ -240,7 +240,9 @@ class EmbeddedGrid(Grid):
         self._on_reply = on_reply
         self._sent = 0
         count = min(workers, len(self._contexts))
-        self._workers = [Worker(make_app) for _ in range(count)] if count > 1 else []
+        self._workers = (
+            [Worker(make_app, number) for number in range(count)] if count > 1 else []
+        )
 
     def __enter__(self) -> EmbeddedGrid:
         return self

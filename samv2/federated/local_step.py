@@ -86,7 +86,7 @@ def local_step(
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.Generator().manual_seed(seed + 1)
-    usage = UsageCounter(model.graph)
+    usage = UsageCounter(model.graph, model.device)
     history, finite = LossHistory(), StopOnNonFinite()
     watchers = CallbackList([history, finite, *callbacks])
     parameters = _select_parameters(model, settings)

@@ -62,9 +62,11 @@ def load_memory(
         adapters = {name: tensors[name] for name in names}
         if optimizer is not None:
             for name, parameter in zip(adapters, optimizer.param_groups[0]["params"]):
-                optimizer.state[parameter] = {
-                    moment: tensors[f"{moment}/{name}"] for moment in MOMENTS
-                }
+                kept = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
+                for moment, values in kept.items():
+                    if values.ndim:  # the number of steps stays on the CPU
+                        kept[moment] = values.to(parameter.device)
+                optimizer.state[parameter] = kept
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(
             f"{path} is missing or damaged ({error}); start the method again with "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from samv2.common.devices import device_named
 from samv2.common.errors import FederationError
 from samv2.common.quiet import no_progress_bars
 from samv2.common.settings import Settings, TrainSettings
@@ -78,8 +79,13 @@ class LoraResult:
 
 
 def load_lora_runtime(place: LoraPlace) -> LoraRuntime:
-    """Load the dense model and put the method's adapters on it."""
+    """Load the dense model and put the method's adapters on it.
+
+    Raises:
+        ConfigError: ``train.device`` names a GPU that is not there.
+    """
     settings = place.settings
+    device = device_named(settings.train.device)
     with no_progress_bars():
         loaded = load_llama(settings.model.path, dtype=DTYPES[settings.model.dtype])
     add_lora(
@@ -89,6 +95,7 @@ def load_lora_runtime(place: LoraPlace) -> LoraRuntime:
         seed=settings.seed,
         train_a=METHODS[place.method].train_a,
     )
+    loaded.model.to(device)
     return LoraRuntime(place=place, model=loaded.model, start=read_lora(loaded.model))
 
 

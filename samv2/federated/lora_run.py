@@ -9,7 +9,6 @@ on after its last whole round and ends in the same bits.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -40,6 +39,7 @@ from samv2.federated.round_table import RoundTable
 from samv2.federated.run_folder import RunFolder, open_run
 from samv2.federated.run_logs import perplexities
 from samv2.federated.run_text import make_text, say_text
+from samv2.federated.workers import worker_count
 from samv2.models.llama_loader import model_folder, resolve_model
 from samv2.models.lora import save_adapter, write_lora
 from samv2.models.model_files import model_fingerprint, read_tokenizer
@@ -106,7 +106,7 @@ def run_lora(
         partial(make_lora_app, place),
         [{"client": index} for index in range(settings.federation.clients)],
         to_flat(settings),
-        workers=settings.federation.workers or os.cpu_count() or 1,
+        workers=worker_count(settings),
         on_reply=table.working,
     )
     with grid:

@@ -28,6 +28,7 @@ CHANGEABLE = (
     "federation.round_timeout",
     "federation.retries",
     "federation.keep_frames",
+    "train.device",
 )
 """Settings that may differ when a run is resumed."""
 _OWN_FOLDERS = (

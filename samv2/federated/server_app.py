@@ -8,7 +8,6 @@ Both ways run the same strategy and the same client app.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -56,6 +55,7 @@ from samv2.federated.server_merge import ServerState, initial_state
 from samv2.federated.spool import Spool
 from samv2.federated.strategy import RoundReport, SamStrategy
 from samv2.federated.subgraph import planner_of
+from samv2.federated.workers import worker_count
 from samv2.models.expert_model import ExpertModel
 from samv2.models.perplexity import Score
 from samv2.models.save import load_expert_model
@@ -94,13 +94,12 @@ def run_embedded(
         prepared = prepare(run, settings, console)
     place = client_place(run, settings)
     configs = [{"client": index} for index in range(settings.federation.clients)]
-    workers = settings.federation.workers or os.cpu_count() or 1
     table = RoundTable(console, settings.federation.rounds)
     grid = EmbeddedGrid(
         partial(make_client_app, place),
         configs,
         to_flat(settings),
-        workers=workers,
+        workers=worker_count(settings),
         on_reply=table.working,
     )
     with grid:

@@ -53,19 +53,28 @@ class UsageCounter:
 
     Args:
         graph: the server graph of the round.
+        device: where walks are.
     """
 
-    def __init__(self, graph: ExpertGraph) -> None:
-        self._graph = graph
-        layers, experts = graph.edge_mask_LEE.shape[:2]
-        self.counts = zero_counts(layers, experts)
+    def __init__(self, graph: ExpertGraph, device: torch.device | str = "cpu") -> None:
+        self._mask_LEE = graph.edge_mask_LEE.to(device)
+        self._order_LE = graph.order_LE.to(device)
+        self._usage_LEE = torch.zeros_like(self._mask_LEE, dtype=torch.long)
+        self._demand_LEE = torch.zeros_like(self._usage_LEE)
 
     def __call__(self, layer: int, walked: Walk) -> None:
         """Add one layer's walk."""
-        placed = to_positions(walked, self._graph.order_LE[layer])
-        counted = count_usage(placed, self._graph.edge_mask_LEE[layer])
-        self.counts.usage_LEE[layer] += counted.usage_EE
-        self.counts.demand_LEE[layer] += counted.demand_EE
+        placed = to_positions(walked, self._order_LE[layer])
+        counted = count_usage(placed, self._mask_LEE[layer])
+        self._usage_LEE[layer] += counted.usage_EE
+        self._demand_LEE[layer] += counted.demand_EE
+
+    @property
+    def counts(self) -> EdgeCounts:
+        """What was counted so far, on the CPU."""
+        return EdgeCounts(
+            usage_LEE=self._usage_LEE.cpu(), demand_LEE=self._demand_LEE.cpu()
+        )
 
 
 def usage_manifest(num_layers: int, num_experts: int) -> Manifest:

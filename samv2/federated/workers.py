@@ -16,17 +16,40 @@ import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
+from samv2.common.devices import device_named, take_gpu
+from samv2.common.settings import Settings
+
 CLIENT_FAILED = 2
 """Flower's error code for an exception in the client app."""
 NO_REPLY, LATE, UNREADABLE = 101, 102, 103
 """Of errors that this side states: nothing came, too late, or not as a message."""
 
 
-class Worker:
-    """One process that answers messages until its pipe closes."""
+def worker_count(settings: Settings) -> int:
+    """Processes that the embedded engine works with.
 
-    def __init__(self, make_app: Callable[[], ClientApp]) -> None:
+    Raises:
+        ConfigError: ``train.device`` names a GPU that is not there.
+    """
+    if settings.federation.workers:
+        return settings.federation.workers
+    device = device_named(settings.train.device)
+    if device.type == "cuda":
+        return torch.cuda.device_count() if device.index is None else 1
+    return os.cpu_count() or 1
+
+
+class Worker:
+    """One process that answers messages until its pipe closes.
+
+    Args:
+        make_app: makes the client app, in the process.
+        number: of the worker; its GPU, where there are some and it is left to choose.
+    """
+
+    def __init__(self, make_app: Callable[[], ClientApp], number: int = 0) -> None:
         self._make_app = make_app
+        self._number = number
         self._process: SpawnProcess | None = None
         self._start()
 
@@ -34,7 +57,7 @@ class Worker:
         spawn = multiprocessing.get_context("spawn")
         self.connection, theirs = spawn.Pipe()
         self._process = spawn.Process(
-            target=_serve, args=(self._make_app, theirs), daemon=True
+            target=_serve, args=(self._make_app, self._number, theirs), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -76,11 +99,14 @@ class Worker:
         return code
 
 
-def _serve(make_app: Callable[[], ClientApp], connection: Connection) -> None:
+def _serve(
+    make_app: Callable[[], ClientApp], number: int, connection: Connection
+) -> None:
     """A worker's main loop; an interrupt is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    take_gpu(number)
     app = make_app()
     while True:
         try:

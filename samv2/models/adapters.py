@@ -179,7 +179,8 @@ def write_blocks(
     with torch.no_grad():
         for parts, block in chosen:
             sizes = [part.numel() for part in parts]
-            for part, values in zip(parts, block.split(sizes)):
+            placed = block.to(parts[0].device)
+            for part, values in zip(parts, placed.split(sizes)):
                 part.copy_(values.view(part.shape))
 
 
@@ -217,4 +218,4 @@ def block_layers(
 
 
 def _flatten(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.detach().reshape(-1).float().cpu() for part in parts])
+    return torch.cat([part.detach().reshape(-1).float() for part in parts]).cpu()

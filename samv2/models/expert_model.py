@@ -166,6 +166,11 @@ class ExpertModel(nn.Module):
         return self.llama.config
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is computed with."""
+        return self.llama.device
+
+    @property
     def expert_layers(self) -> list[ExpertGraphMLP]:
         """The converted FFNs, in order."""
         decoder = self.llama.model.layers
@@ -339,10 +344,10 @@ class ExpertModel(nn.Module):
         """
         if self.sibling_gate is None:
             return (0,)
-        log_share_BSG, _ = self.sibling_gate(tokens_BS)
+        log_share_BSG, _ = self.sibling_gate(tokens_BS.to(self.device))
         mean_G = log_share_BSG.softmax(dim=2).mean(dim=(0, 1))
         chosen = (mean_G >= min(least, float(mean_G.max()))).nonzero()
-        return tuple(chosen.flatten().tolist())
+        return tuple(chosen.flatten().cpu().tolist())
 
     def _share(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

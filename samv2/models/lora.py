@@ -81,9 +81,9 @@ def lora_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
 
 
 def read_lora(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A copy of what is trained, float32, by peft's names."""
+    """A copy of what is trained, float32 on the CPU, by peft's names."""
     return {
-        name: parameter.detach().clone()
+        name: parameter.detach().clone().cpu()
         for name, parameter in lora_parameters(model).items()
     }
 

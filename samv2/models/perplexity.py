@@ -51,9 +51,11 @@ def next_token_loss(
 
     Args:
         model: expert or dense causal LM.
-        tokens_BS: (B, S) int64, S >= 2; every position predicts the next.
+        tokens_BS: (B, S) int64, S >= 2; every position predicts the next. It is brought
+            to the model's device.
         walk_options: choices for the expert graphs.
     """
+    tokens_BS = tokens_BS.to(model.device)
     if isinstance(model, ExpertModel):
         hidden_BSD = model.hidden_states(tokens_BS, walk_options)
         head = model.llama.lm_head
@@ -85,7 +87,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
             total -= log_share.gather(1, targets.unsqueeze(1)).sum()
             if ctx.needs_input_grad[0]:
                 share = log_share.exp_()
-                share[torch.arange(len(targets)), targets] -= 1
+                row = torch.arange(len(targets), device=targets.device)
+                share[row, targets] -= 1
                 gradients.append(share.to(head_VD.dtype) @ head_VD)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients) / len(targets_N))

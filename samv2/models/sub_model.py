@@ -68,11 +68,11 @@ class PartAssembler(nn.Module):
         made_BEE = self.whole(
             context_BD,
             layer,
-            self._graph.edge_mask_LEE[layer],
+            self._graph.edge_mask_LEE[layer].to(context_BD.device),
             temperature=temperature,
             generator=generator,
         )
-        position_P = self._part.positions(self._graph, layer)
+        position_P = self._part.positions(self._graph, layer).to(context_BD.device)
         made_BPP = made_BEE[:, position_P][:, :, position_P]
         closed_B = ~(made_BPP.detach().diagonal(dim1=1, dim2=2) > 0).any(dim=1)
         entries_PP = torch.diag(server_mask_PP.diagonal()).to(made_BPP.dtype)
