@@ -15,9 +15,11 @@
 #   scripts/flower_deployment.sh register KEYS HOME HOST:PORT [NODE ...]
 #       Make node keys known to a running SuperLink (without NODE: all in KEYS). A node
 #       with another key is turned away. Known keys are left as they are.
-#   scripts/flower_deployment.sh supernode KEYS HOME HOST:PORT NODE NODE_DIR
+#   scripts/flower_deployment.sh supernode KEYS HOME HOST:PORT NODE NODE_DIR [NODE_CONFIG]
 #       Node NODE, until it is stopped; started again where it dies. HOST is a name in the
-#       SuperLink's certificate. NODE_DIR is this node's own folder.
+#       SuperLink's certificate. NODE_DIR is this node's own folder. NODE_CONFIG is what
+#       holds for this node alone: "device='cuda:1' memory-budget-bytes=600000000
+#       flops-budget=0.5", all of them or some.
 #   scripts/flower_deployment.sh run KEYS HOME HOST:PORT RUN_DIR CLIENTS [RUN_CONFIG]
 #       Submit the app and follow it. RUN_DIR is on the SuperLink's machine. An earlier
 #       run in RUN_DIR is continued after its last finished round. Exits 0 only where the
@@ -162,7 +164,7 @@ supernode() {
     began=$SECONDS
     flower-supernode --root-certificates "$keys/ca.crt" --superlink "$address" \
       --auth-supernode-private-key "$keys/node_$node" --port "$(free_port)" \
-      --node-config "partition-id=$node run-dir='$folder'" &
+      --node-config "partition-id=$node run-dir='$folder' ${6:-}" &
     pid=$!
     trap 'kill $pid 2>/dev/null; wait $pid; exit 143' TERM INT
     code=0

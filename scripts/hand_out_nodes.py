@@ -20,8 +20,8 @@ from samv2.common.config import flatten
 from samv2.common.errors import SamError
 from samv2.common.telemetry import make_console
 from samv2.data.shard_files import client_file
-from samv2.federated.client_app import settings_from_run_config
 from samv2.federated.prepare import prepare
+from samv2.federated.run_config import settings_from_run_config
 from samv2.federated.run_folder import RunFolder, open_run, run_model
 
 APP = Path(__file__).parents[1] / "flower_app" / "pyproject.toml"

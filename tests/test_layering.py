@@ -16,7 +16,7 @@ BELOW: dict[str, set[str]] = {
     "experts": {"common"},
     "models": {"common", "experts"},
     "updates": {"common"},
-    "federated": {"common", "data", "experts", "models", "updates"},
+    "federated": {"common", "configs", "data", "experts", "models", "updates"},
     "report": {"common", "federated", "models"},
     "ablation": {
         "common",

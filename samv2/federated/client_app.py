@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from samv2.common.config import settings_from_flat
 from samv2.common.errors import ConfigError
 from samv2.common.settings import Settings
 from samv2.data.shards import load_client
@@ -34,6 +31,7 @@ from samv2.federated.grid import (
     wants_counts,
 )
 from samv2.federated.rehearsal_mod import rehearsal_mod
+from samv2.federated.run_config import RUN_DIR, settings_from_run_config
 from samv2.federated.run_folder import RunFolder, run_model
 from samv2.federated.scores import MOVED
 from samv2.federated.subgraph import budget_of
@@ -168,9 +166,9 @@ def place_from_context(context: Context) -> ClientPlace:
     Raises:
         ConfigError: a setting is wrong, or the run directory is not absolute.
     """
-    settings, root = settings_from_run_config(context.run_config)
-    if "run-dir" in context.node_config:
-        root = Path(str(context.node_config["run-dir"]))
+    own = context.node_config.get(RUN_DIR)
+    folder = Path(str(own)) if own is not None else None
+    settings, root = settings_from_run_config(context.run_config, folder)
     if "device" in context.node_config:
         device = str(context.node_config["device"])
         settings = replace(settings, train=replace(settings.train, device=device))
@@ -181,22 +179,3 @@ def place_from_context(context: Context) -> ClientPlace:
         states=run.states,
         settings=settings,
     )
-
-
-def settings_from_run_config(values: Mapping[str, Any]) -> tuple[Settings, Path]:
-    """Settings and run directory of a Flower run config.
-
-    Raises:
-        ConfigError: unknown or wrong settings, or ``run-dir`` is not an absolute path
-            (Flower runs apps in folders of its own).
-    """
-    root = Path(str(values.get("run-dir", "")))
-    if not root.is_absolute():
-        raise ConfigError(
-            [
-                f"run-dir is {str(root)!r}; give an absolute folder, e.g. "
-                "--run-config 'run-dir=\"/data/run1\"'"
-            ]
-        )
-    settings = {key: value for key, value in values.items() if key != "run-dir"}
-    return settings_from_flat(settings), root

@@ -10,10 +10,11 @@ were sent, and the server's follows as the budget allows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from samv2.common.callbacks import TrainerCallback
@@ -161,7 +162,8 @@ def train_round(
     state = load_client_state(folder, before_round=request.round)
     graph = update_graph(state.graph, request.graph)
     received = _load_round(runtime, request, graph)
-    runtime.model.write_blocks(_with_own(received, _inward(runtime, state.residual)))
+    own = _with_own(received, _inward(runtime, state.residual))
+    runtime.model.write_blocks(own)
     shard = load_client(runtime.shards, client).at(request.round)
     rate = learning_rate(settings, request.round)
     result = local_step(
@@ -178,8 +180,21 @@ def train_round(
     )
     trained = runtime.model.read_blocks()
     update = _outward(runtime, {k: trained[k] - received[k] for k in trained})
+    # What other text left over, once the text has changed, waits until there is room.
+    untouched = {
+        key: block
+        for key, block in trained.items()
+        if torch.equal(block, own.get(key, received[key]))
+    }
     budget = round_budget(settings, shard, request.round)
-    frame, residual = _pack_update(runtime, update, budget, request.round, client)
+    frame, residual = _pack_update(
+        runtime,
+        update,
+        budget,
+        request.round,
+        client,
+        last=_outward(runtime, untouched),
+    )
     kept = ClientState(residual=residual, moments=result.moments, graph=graph)
     save_client_state(folder, kept, round=request.round)
     return _reply(runtime, frame, result, graph, request.round)
@@ -306,12 +321,15 @@ def _pack_update(
     budget: int,
     round: int,
     client: int,
+    *,
+    last: Iterable[int],
 ) -> tuple[bytes, dict[int, Tensor]]:
     """The frame to send and the residual to keep.
 
     Args:
         update: trained minus received, so it holds what earlier rounds did not send.
         budget: most bytes of the frame.
+        last: ids that this round's training did not change.
     """
     federation = runtime.settings.federation
     config = runtime.model.expert_config
@@ -324,6 +342,7 @@ def _pack_update(
         send_experts=federation.send_experts,
         layer_of=layer_of,
         always=[assembler],
+        last=last,
     )
     if not chosen:
         raise FederationError(

@@ -33,7 +33,6 @@ from samv2.federated.checkpoint import (
 from samv2.federated.client_app import (
     ClientPlace,
     make_client_app,
-    settings_from_run_config,
 )
 from samv2.federated.client_rows import CLIENTS, refusal_totals
 from samv2.federated.grid import EmbeddedGrid
@@ -43,6 +42,7 @@ from samv2.federated.rehearsal import warning as rehearsal_warning
 from samv2.federated.round_board import gate_biases
 from samv2.federated.round_logs import RoundLogs, read_rounds
 from samv2.federated.round_table import RoundTable
+from samv2.federated.run_config import settings_from_run_config
 from samv2.federated.run_folder import RunFolder, open_run, run_model
 from samv2.federated.run_lock import sole_server
 from samv2.federated.run_logs import (

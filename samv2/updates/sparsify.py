@@ -47,6 +47,7 @@ def select_blocks(
     send_experts: int = 0,
     layer_of: Mapping[int, int] | None = None,
     always: Iterable[int] = (),
+    last: Iterable[int] = (),
 ) -> tuple[int, ...]:
     """Ids of the blocks to send.
 
@@ -58,17 +59,23 @@ def select_blocks(
         layer_of: the layer of each id; those without one are not counted against
             ``send_experts``.
         always: ids that go first and are not counted either.
+        last: ids that get what room the others leave.
 
     Returns:
         Ids in rising order; blocks whose update is all zero are left out.
     """
-    first, layers = set(always), layer_of or {}
+    first, behind, layers = set(always), set(last), layer_of or {}
     norms = {
         expert_id: float(block.double().norm()) for expert_id, block in update.items()
     }
     ranked = sorted(
         (expert_id for expert_id, norm in norms.items() if norm > 0),
-        key=lambda expert_id: (expert_id not in first, -norms[expert_id], expert_id),
+        key=lambda expert_id: (
+            expert_id not in first,
+            expert_id in behind,
+            -norms[expert_id],
+            expert_id,
+        ),
     )
     room = update_budget_bytes - FRAME_BYTES
     sent_of_layer: Counter[int | None] = Counter()

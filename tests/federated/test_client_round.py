@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from samv2.common.callbacks import StepReport, TrainerCallback
 from samv2.common.errors import FrameError, GraphError
@@ -20,7 +21,9 @@ from samv2.data.shards import (
     FederatedText,
     save_federated_text,
 )
+from samv2.experts.block_ids import expert_block
 from samv2.experts.graph import Edit, ExpertGraph
+from samv2.experts.sibling_gate import count_tokens, gate_for_kinds
 from samv2.federated.client_round import (
     ClientRuntime,
     RoundRequest,
@@ -29,7 +32,11 @@ from samv2.federated.client_round import (
     round_seed,
     train_round,
 )
-from samv2.federated.client_state import load_client_state
+from samv2.federated.client_state import (
+    ClientState,
+    load_client_state,
+    save_client_state,
+)
 from samv2.federated.graph_message import (
     GraphMessage,
     edits_from_json,
@@ -39,8 +46,10 @@ from samv2.federated.graph_message import (
     update_graph,
 )
 from samv2.federated.usage import unpack_usage
+from samv2.models.save import save_expert_model
 from samv2.updates.packing import pack, unpack
-from tests.federated.runs import small_settings, toy_graph
+from tests.federated.runs import SMALL, small_settings, toy_graph
+from tests.helpers import convert
 
 PRUNE = Edit(layer=0, src=1, dst=3, kind="prune", score=0.1, reason="idle")
 
@@ -194,6 +203,33 @@ def runtime(expert_folder: Path, tiny_tokens: Tensor, tmp_path: Path) -> ClientR
     )
 
 
+@pytest.fixture
+def siblings_runtime(
+    runtime: ClientRuntime,
+    tiny_llama_folder: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_calibration: Tensor,
+    tmp_path: Path,
+) -> ClientRuntime:
+    """The same client with a model of two siblings, and a budget for some experts."""
+    overrides = ("adapter.siblings=2", "assembler.width=0", "train.train_gate=false")
+    llama = LlamaForCausalLM.from_pretrained(tiny_llama_folder).eval()
+    made = convert(llama, tiny_calibration, (*SMALL, *overrides))
+    save_expert_model(made.model, tiny_tokenizer, tmp_path / "siblings")
+    budget = "federation.update_budget_bytes=6000"
+    settings = small_settings(tmp_path / "siblings", *overrides, budget)
+    return load_runtime(
+        tmp_path / "siblings", runtime.shards, tmp_path / "states", settings
+    )
+
+
+def sibling_ids(runtime: ClientRuntime, sibling: int) -> set[int]:
+    """Ids of a sibling's blocks."""
+    config = runtime.model.expert_config
+    experts = len(config.layers) * config.num_experts
+    return {expert_block(number, experts, sibling) for number in range(experts)}
+
+
 def request_of(runtime: ClientRuntime, round: int = 1) -> RoundRequest:
     """A request with the bootstrapped model's own graph and parameters."""
     full = pack_graph(runtime.model.graph)
@@ -233,6 +269,29 @@ def test_a_round_that_is_run_again_gives_the_same_reply(
     assert again.update == first.update and again.usage == first.usage
     assert second.update != first.update
     assert train_round(runtime, 0, request_of(runtime, 2)).update == second.update
+
+
+def test_what_a_text_left_over_waits_once_the_text_has_changed(
+    siblings_runtime: ClientRuntime,
+) -> None:
+    runtime = siblings_runtime
+    gate = max(runtime.base_blocks)
+    old, new = sibling_ids(runtime, 0), sibling_ids(runtime, 1)
+    # What other text has left over of sibling 0, far larger than a round's training.
+    residual = {key: torch.ones_like(runtime.base_blocks[key]) for key in old}
+    folder = runtime.states / "client_0000"
+    save_client_state(folder, ClientState(residual=residual), round=1)
+    served = gate_for_kinds({1: count_tokens(torch.arange(512))}, 2)
+    change = {gate: served - runtime.base_blocks[gate]}
+    request = replace(
+        request_of(runtime, 2), parameters=pack(change, runtime.manifest, round=2)
+    )
+    reply = train_round(runtime, 0, request)
+    sent = set(unpack(reply.update, runtime.manifest, round=2))
+    assert sent & new and not sent & old
+    kept = load_client_state(folder, before_round=3).residual
+    assert old <= set(kept)
+    assert all(float((kept[key] - 1).abs().max()) < 1e-5 for key in old)
 
 
 def test_an_evaluation_scores_domains_with_a_whole_window(

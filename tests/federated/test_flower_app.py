@@ -31,8 +31,8 @@ from samv2.configs import config_path
 from samv2.federated.client_app import (
     client_index,
     place_from_context,
-    settings_from_run_config,
 )
+from samv2.federated.run_config import settings_from_run_config
 from samv2.federated.server_app import run_embedded
 from tests.federated.runs import (
     assert_same_bits,
@@ -69,6 +69,22 @@ def test_the_app_needs_an_absolute_folder_and_valid_settings(tmp_path: Path) -> 
         settings_from_run_config(given | {"federation.round": 1})
 
 
+def test_a_bootstrapped_model_brings_its_conversion_settings(
+    tmp_path: Path, expert_folder: Path
+) -> None:
+    given = app_config() | {"run-dir": str(tmp_path), "model.path": str(expert_folder)}
+    settings, _ = settings_from_run_config(given)
+    assert (settings.experts.num_experts, settings.adapter.rank) == (8, 4)
+    settings, _ = settings_from_run_config(given | {"experts.experts_per_token": 3})
+    assert settings.experts.experts_per_token == 3
+    # A node has the model in a folder of its own.
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "model").symlink_to(expert_folder)
+    elsewhere = given | {"model.path": "/only/on/the/server"}
+    settings, root = settings_from_run_config(elsewhere, tmp_path / "own")
+    assert settings.experts.num_experts == 8 and root == tmp_path / "own"
+
+
 def context_of(tmp_path: Path, **node: Any) -> Context:
     """A Flower node's context."""
     return Context(
@@ -88,6 +104,9 @@ def test_a_node_knows_its_client_and_its_folder(tmp_path: Path) -> None:
     assert place_from_context(context_of(tmp_path)).shards == tmp_path / "shards"
     own = place_from_context(context_of(tmp_path, run_dir="/data/own"))
     assert own.states == Path("/data/own/clients")
+    assert own.settings.train.device == "auto"
+    placed = place_from_context(context_of(tmp_path, device="cuda:1"))
+    assert placed.settings.train.device == "cuda:1"
 
 
 def test_the_bundle_is_small_and_cannot_hide_the_library() -> None:
