@@ -21,6 +21,7 @@ from samv2.federated.drift import (
     respond,
     retire,
 )
+from samv2.federated.questions import answer_seconds
 from samv2.federated.server_merge import ServerState
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,13 @@ def watch_drift(
     memory, changes = retire(memory, settings.drift)
     frames: dict[int, bytes] = {}
     if alarmed:
-        counts, frames = ask_counts(grid, clients, alarmed, state.round + 1)
+        counts, frames = ask_counts(
+            grid,
+            clients,
+            alarmed,
+            state.round + 1,
+            timeout=answer_seconds(settings.federation.round_timeout),
+        )
         memory, found = respond(
             memory, counts, settings.drift, siblings=siblings, round=state.round
         )

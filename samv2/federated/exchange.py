@@ -8,8 +8,11 @@ nobody else's.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
@@ -23,6 +26,11 @@ from samv2.federated.workers import LATE, NO_REPLY, UNREADABLE, failed
 
 log = logging.getLogger(__name__)
 
+PULL_SECONDS = 2.0
+"""For fetching a reply that has been announced, before others are looked at meanwhile: a
+node that dies while it uploads can hold up Flower's fetching for minutes."""
+PULLS = 64
+"""Replies that are fetched at once at most."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 3.0
 """Seconds from one look for replies to the next; longer while nothing comes."""
 REASONS = {LATE: "late", NO_REPLY: "no_reply", UNREADABLE: "unreadable"}
@@ -38,6 +46,7 @@ class Exchange:
     def __init__(self) -> None:
         self._overdue: dict[str, Message] = {}
         self._late: list[Message] = []
+        self._pulls: dict[str, Future[Message | None]] = {}
 
     def late_refusals(self, clients: Mapping[int, int]) -> list[Refusal]:
         """Of training replies that came after their deadline, since last asked.
@@ -90,7 +99,7 @@ class Exchange:
                 came = False
                 for number in [*self._overdue, *waiting]:
                     asked = self._overdue.get(number) or waiting[number]
-                    reply = _pull(grid, number, asked)
+                    reply = self._fetch(grid, number, asked)
                     if reply is None:
                         continue
                     came = True
@@ -111,6 +120,38 @@ class Exchange:
                 time.sleep(min(pause, left) if waiting else 0)
         finally:
             self._overdue |= waiting
+
+    def _fetch(self, grid: Grid, number: str, asked: Message) -> Message | None:
+        """A reply, if it is there and can be fetched soon; else ask again later."""
+        pull, seconds = self._pulls.get(number), 0.0
+        if pull is None:
+            if len(self._pulls) >= PULLS:
+                return None
+            pull = _in_thread(lambda: _pull(grid, number, asked))
+            self._pulls[number], seconds = pull, PULL_SECONDS
+        try:
+            reply = pull.result(seconds)
+        except FutureTimeout:
+            return None
+        except BaseException:
+            del self._pulls[number]
+            raise
+        del self._pulls[number]
+        return reply
+
+
+def _in_thread(work: Callable[[], Message | None]) -> Future[Message | None]:
+    """Do it in a thread that nobody waits for at the end of the process."""
+    future: Future[Message | None] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is the caller's
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _push(

@@ -27,11 +27,11 @@ from samv2.common.errors import FederationError
 from samv2.common.quiet import quiet_logger
 from samv2.common.settings import Settings
 from samv2.data.sources import parse_domain
-from samv2.federated.enrolment import enrol_clients, sample_nodes
 from samv2.federated.exchange import first_line, reported_scores
 from samv2.federated.grid import message_to
 from samv2.federated.lora_app import to_arrays, to_tensors
 from samv2.federated.lora_methods import LoraMethod
+from samv2.federated.roster import Roster, sample_nodes
 from samv2.federated.scores import believed_scores, is_scored, sum_scores
 from samv2.models.perplexity import Score
 
@@ -121,7 +121,9 @@ class LoraFedAvg(FedAvg):
         wait = timeout or federation.round_timeout
         arrays = initial_arrays
         with quiet_logger("flwr", logging.WARNING):  # the run's table says it better
-            self._clients = enrol_clients(grid, federation.clients)
+            roster = Roster(federation.clients)
+            roster.enrol(grid)
+            self._clients = roster.clients
             if self._on_start is not None:
                 self._on_start(
                     self._evaluate(grid, self._first_round - 1, arrays, wait)

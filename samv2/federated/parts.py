@@ -7,12 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from flwr.app import MessageType, RecordDict
-from flwr.serverapp import Grid
-
+from samv2.common.errors import ConfigError
 from samv2.experts.sub_graph import SubGraph
-from samv2.federated.grid import FLOPS_BUDGET, MEMORY_BUDGET, message_to
-from samv2.federated.subgraph import ClientBudget, Planner, believed_budget
+from samv2.federated.subgraph import ClientBudget, Planner
 
 log = logging.getLogger(__name__)
 
@@ -36,43 +33,25 @@ class Parts:
         return frozenset(part.block_ids(self.siblings).values())
 
 
-def ask_budgets(
-    grid: Grid, clients: Mapping[int, int], timeout: float
-) -> dict[int, ClientBudget]:
-    """What clients say they can hold; one that does not say has no limit.
-
-    Args:
-        grid: to ask on.
-        clients: {node id: client}.
-        timeout: seconds to wait for answers.
-    """
-    messages = [
-        message_to(grid, node, RecordDict(), MessageType.QUERY, "budgets")
-        for node in clients
-    ]
-    budgets: dict[int, ClientBudget] = {}
-    for reply in grid.send_and_receive(messages, timeout=timeout):
-        client = clients.get(reply.metadata.src_node_id)
-        if client is None or not reply.has_content():
-            continue
-        metrics = reply.content.get("metrics") or {}
-        budgets[client] = believed_budget(
-            metrics.get(MEMORY_BUDGET), metrics.get(FLOPS_BUDGET)
-        )
-    return budgets
-
-
-def plan_parts(planner: Planner, budgets: Mapping[int, ClientBudget]) -> Parts:
+def plan_parts(
+    planner: Planner, budgets: Mapping[int, ClientBudget]
+) -> tuple[Parts, dict[int, str]]:
     """The part of every client, and a line in the log for each kind.
 
-    Raises:
-        ConfigError: a budget that not even the smallest part fits.
+    Returns:
+        The parts; and why of each client that not even the smallest part fits.
     """
-    found = {client: planner.plan(budget) for client, budget in budgets.items()}
-    of_client = {c: part for c, part in sorted(found.items()) if part is not None}
+    found: dict[int, SubGraph | None] = {}
+    unfit: dict[int, str] = {}
+    for client, budget in sorted(budgets.items()):
+        try:
+            found[client] = planner.plan(budget)
+        except ConfigError as error:
+            unfit[client] = "; ".join(error.faults)
+    of_client = {client: part for client, part in found.items() if part is not None}
     for part, count in Counter(found.values()).items():
         log.info("%d clients hold %s", count, describe_part(planner, part))
-    return Parts(of_client=of_client, siblings=planner.config.siblings)
+    return Parts(of_client=of_client, siblings=planner.config.siblings), unfit
 
 
 def describe_part(planner: Planner, part: SubGraph | None) -> str:

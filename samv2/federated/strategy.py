@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from flwr.app import (
     ArrayRecord,
@@ -31,12 +32,6 @@ from samv2.federated.client_round import RoundRequest
 from samv2.federated.client_rows import tell_replies
 from samv2.federated.drift import begin
 from samv2.federated.drift_watch import DriftReport, watch_drift
-from samv2.federated.enrolment import (
-    ANSWER_SECONDS,
-    enrol_clients,
-    renew_clients,
-    sample_nodes,
-)
 from samv2.federated.exchange import (
     Exchange,
     error_refusal,
@@ -50,13 +45,11 @@ from samv2.federated.grid import (
     request_from_record,
     request_to_record,
 )
-from samv2.federated.parts import Parts, ask_budgets, plan_parts
-from samv2.federated.refusals import (
-    TooFewReplies,
-    count_hostile,
-    quarantined,
-)
+from samv2.federated.parts import Parts, plan_parts
+from samv2.federated.questions import answer_seconds
+from samv2.federated.refusals import TooFewReplies
 from samv2.federated.rehearsal import ATTEMPT
+from samv2.federated.roster import Roster, sample_nodes
 from samv2.federated.scores import (
     believed_scores,
     domain_names,
@@ -67,7 +60,6 @@ from samv2.federated.scores import (
 )
 from samv2.federated.server_merge import (
     MergeReport,
-    Refusal,
     ServerState,
     ValidReply,
     broadcast_frame,
@@ -164,10 +156,11 @@ class SamStrategy(Strategy):
         self._on_round = on_round
         self._tell = on_event or (lambda name, **fields: None)
         self._waiting = Waiting()
-        self._clients: dict[int, int] = {}
+        self.roster = Roster(
+            settings.federation.clients, settings.federation.quarantine
+        )
         self._known_version: dict[int, int] = {}
         self._recalled: dict[int, int] = {}
-        self._hostile: dict[int, int] = {}
         self._exchange = Exchange()
         self._spool = spool or Spool(None)
         self._current = _Round()
@@ -209,9 +202,7 @@ class SamStrategy(Strategy):
         rounds = num_rounds or self.settings.federation.rounds
         wait = timeout or self.settings.federation.round_timeout
         self.enrol(grid)
-        if self.planner is not None:
-            budgets = ask_budgets(grid, self._clients, ANSWER_SECONDS)
-            self.parts = plan_parts(self.planner, budgets)
+        self.plan()
         if self._lacks_gate():
             self.fit_siblings(grid)
         if self._on_start is not None:
@@ -224,11 +215,12 @@ class SamStrategy(Strategy):
         begin = time.perf_counter()
         self._waiting.restart()
         current = self.state.round + 1
-        self._clients = renew_clients(grid, self._clients)
+        self.roster.renew(grid, answer_seconds(timeout))
         try:
             self.aggregate_train(current, self._train(grid, current, timeout))
         except TooFewReplies:
-            self._await_lost(grid)
+            if self.roster.missing(grid):
+                self.enrol(grid)
             self.aggregate_train(current, self._train(grid, current, timeout))
         merged = time.perf_counter()
         scores: dict[str, Score] = {}
@@ -240,7 +232,7 @@ class SamStrategy(Strategy):
                 self.state,
                 self.settings,
                 grid,
-                self._clients,
+                self.roster.clients,
                 losses=self._losses,
                 moved=self._moved,
             )
@@ -302,39 +294,49 @@ class SamStrategy(Strategy):
         return message_to(grid, node, content, MessageType.TRAIN, str(current))
 
     def enrol(self, grid: Grid) -> None:
-        """Wait for the run's clients but those in quarantine, see `enrol_clients`."""
-        away = quarantined(self._hostile, self.settings.federation.quarantine)
-        wanted = self.settings.federation.clients
-        self._clients = enrol_clients(grid, wanted, without=away)
+        """Wait for the run's clients, see :meth:`Roster.enrol`."""
+        self.roster.enrol(grid)
         self._known_version = {
             node: self._recalled[client]
-            for node, client in self._clients.items()
+            for node, client in self.roster.clients.items()
             if client in self._recalled
         }
 
-    def _await_lost(self, grid: Grid) -> None:
-        """Before a round is tried again: wait for clients whose nodes are gone."""
-        if set(self._clients) - set(grid.get_node_ids()):
-            self.enrol(grid)
+    def plan(self) -> None:
+        """Give each enrolled client its part, and leave out those that none fits.
 
-    def memory(self) -> dict[str, dict[str, int]]:
-        """What is known of clients, by client, for a checkpoint.
+        Raises:
+            FederationError: fewer than ``federation.min_replies`` clients are left.
+        """
+        if self.planner is None:
+            return
+        self.parts, unfit = plan_parts(self.planner, self.roster.budgets)
+        for client, why in unfit.items():
+            self.roster.leave_out(client, why)
+        left, needed = len(self.roster.clients), self.settings.federation.min_replies
+        if unfit and left < needed:
+            client, why = min(unfit.items())
+            raise FederationError(
+                f"{left} clients can hold a part of the model, and a round needs "
+                f"{needed} (federation.min_replies). Client {client}: {why}"
+            )
 
-        ``graph``: versions that clients hold; ``hostile``: refused replies of a hostile
-        kind.
+    def memory(self) -> dict[str, dict[str, Any]]:
+        """What is known of clients, for a checkpoint.
+
+        ``graph``: versions that clients hold, by client; the others are the roster's.
         """
         known = {
             str(client): self._known_version[node]
-            for node, client in self._clients.items()
+            for node, client in self.roster.clients.items()
             if node in self._known_version
         }
-        hostile = {str(client): count for client, count in self._hostile.items()}
-        return {"graph": known, "hostile": dict(sorted(hostile.items()))}
+        return {"graph": known} | self.roster.memory()
 
-    def recall(self, memory: Mapping[str, Mapping[str, int]]) -> None:
+    def recall(self, memory: Mapping[str, Mapping[str, Any]]) -> None:
         """Take up what an earlier start's :meth:`memory` was, before :meth:`start`."""
         self._recalled = {int(k): v for k, v in memory.get("graph", {}).items()}
-        self._hostile = {int(k): v for k, v in memory.get("hostile", {}).items()}
+        self.roster.recall(memory)
 
     def fit_siblings(self, grid: Grid) -> None:
         """Ask how often tokens occur in the clients' text, and fit the siblings' gate.
@@ -342,8 +344,8 @@ class SamStrategy(Strategy):
         Raises:
             FederationError: not one client has sent counts that can be used.
         """
-        clients = set(self._clients.values())
-        counts, self.count_frames = ask_counts(grid, self._clients, clients, 1)
+        clients = set(self.roster.clients.values())
+        counts, self.count_frames = ask_counts(grid, self.roster.clients, clients, 1)
         self.gate_bytes = {c: len(frame) for c, frame in self.count_frames.items()}
         if not counts:
             raise FederationError(
@@ -404,10 +406,10 @@ class SamStrategy(Strategy):
         self._spool.empty()
         nodes = self._current.nodes
         valid, refusals = sort_replies(replies, nodes, self._checked)
-        refusals += self._exchange.late_refusals(self._clients)
+        refusals += self._exchange.late_refusals(self.roster.clients)
         self._trained = time.perf_counter()
         tell_replies(self._tell, server_round, valid, refusals)
-        self._quarantine(server_round, refusals)
+        self.roster.judge(server_round, refusals)
         for node in nodes:
             self._known_version.pop(node, None)
         needed = self.settings.federation.min_replies
@@ -434,7 +436,7 @@ class SamStrategy(Strategy):
         """Requests to all clients to score their held-out text."""
         frames: dict[SubGraph | None, bytes] = {}
         messages = []
-        for node, client in self._clients.items():
+        for node, client in self.roster.clients.items():
             request = RoundRequest(
                 round=self.state.round + 1,
                 graph=self._full_graph(),
@@ -473,14 +475,16 @@ class SamStrategy(Strategy):
         reported = reported_scores(server_round, replies)
         believed = believed_scores(
             reported,
-            nodes=set(self._clients),
+            nodes=set(self.roster.clients),
             domains=domain_names(self.settings),
             most_tokens=federation.eval_windows * (length - 1),
         )
         self._scores = sum_scores(believed)
-        self._losses = {self._clients[n]: mean_loss(own) for n, own in believed.items()}
-        moved = told_distances(reported, self._clients)
-        self._moved = {self._clients[node]: far for node, far in moved.items()}
+        self._losses = {
+            self.roster.clients[n]: mean_loss(own) for n, own in believed.items()
+        }
+        moved = told_distances(reported, self.roster.clients)
+        self._moved = {self.roster.clients[node]: far for node, far in moved.items()}
         return MetricRecord(
             {name: score.perplexity for name, score in self._scores.items()}
         )
@@ -494,8 +498,10 @@ class SamStrategy(Strategy):
         return self._scores
 
     def _sample(self, server_round: int) -> dict[int, int]:
-        count = self.settings.federation.clients_per_round or len(self._clients)
-        return sample_nodes(self._clients, count, self.settings.seed, server_round)
+        count = self.settings.federation.clients_per_round or len(self.roster.clients)
+        return sample_nodes(
+            self.roster.clients, count, self.settings.seed, server_round
+        )
 
     def _graph_for(self, node: int) -> GraphMessage:
         """Edits where the client is at most one version behind, else the full graph."""
@@ -536,23 +542,6 @@ class SamStrategy(Strategy):
             sent = self.gate_bytes.get(client, 0)
             checked = replace(checked, bytes_up=checked.bytes_up + sent)
         return self._spool.keep(checked)
-
-    def _quarantine(self, server_round: int, refusals: Sequence[Refusal]) -> None:
-        """Ask clients no more that have sent too many replies of a hostile kind."""
-        self._hostile = count_hostile(self._hostile, refusals)
-        limit = self.settings.federation.quarantine
-        away = quarantined(self._hostile, limit)
-        for node, client in list(self._clients.items()):
-            if client in away:
-                del self._clients[node]
-                log.warning(
-                    "round %d: client %d has had %d hostile replies refused and is asked "
-                    "no more (federation.quarantine = %d)",
-                    server_round,
-                    client,
-                    self._hostile[client],
-                    limit,
-                )
 
 
 def request_bytes(request: RoundRequest) -> int:

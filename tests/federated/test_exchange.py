@@ -27,6 +27,7 @@ class PostOffice(Grid):
         self.unsent: set[int] = set()
         self.ready: dict[str, Callable[[], Message]] = {}
         self.pulled: list[str] = []
+        self.nodes: list[int] = []
 
     def set_run(self, run: Any) -> None:
         """Not needed."""
@@ -36,13 +37,13 @@ class PostOffice(Grid):
         """Not needed."""
         raise NotImplementedError
 
-    def create_message(self, *_: Any, **__: Any) -> Message:
-        """Not needed."""
-        raise NotImplementedError
+    def create_message(self, *arguments: Any, **named: Any) -> Message:
+        """As any grid."""
+        return EmbeddedGrid(ClientApp, [], {}).create_message(*arguments, **named)
 
     def get_node_ids(self) -> list[int]:
-        """Not needed."""
-        return []
+        """Those that are there."""
+        return self.nodes
 
     def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
         """Not to be used: it returns when all is there."""
@@ -65,6 +66,15 @@ class PostOffice(Grid):
         self.pulled.append(number)
         made = self.ready.pop(number, None)
         return [] if made is None else [made()]
+
+    def stall(self, number: str, seconds: float) -> None:
+        """A reply is announced, and its bytes do not come."""
+
+        def made() -> Message:
+            time.sleep(seconds)
+            raise ValueError("the upload was broken off")
+
+        self.ready[number] = made
 
     def reply(self, number: str, **metrics: int) -> None:
         """A reply arrives (or will, once it is asked for), as if from node 999."""
@@ -125,6 +135,38 @@ def test_replies_are_handed_over_while_others_are_still_waited_for() -> None:
     grid.reply("m1", x=7)
     assert [shown(item) for item in stream] == [(7, {"x": 7})]
     assert post.late_refusals({}) == []
+
+
+def test_a_broken_upload_keeps_nobody_elses_reply_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exchange, "PULL_SECONDS", 0.05)
+    grid, post = PostOffice(), Exchange()
+    grid.stall("m1", 1.0)
+    grid.reply("m2", x=8)
+    begin = time.monotonic()
+    stream = post.stream(grid, asked(7, 8), timeout=0.3)
+    assert shown(next(stream)) == (8, {"x": 8})
+    assert list(stream) == [] and time.monotonic() - begin < 0.8
+    time.sleep(1.0)
+    grid.reply("m3", x=9)
+    # What became of it shows in a later exchange, and is nobody's reply there.
+    assert [shown(m) for m in post.stream(grid, asked(9, round=2), timeout=5)] == [
+        (9, {"x": 9})
+    ]
+    assert grid.pulled.count("m1") == 1
+
+
+def test_no_more_replies_are_fetched_at_once_than_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exchange, "PULL_SECONDS", 0.01)
+    monkeypatch.setattr(exchange, "PULLS", 2)
+    grid = PostOffice()
+    for number in ("m1", "m2", "m3"):
+        grid.stall(number, 0.5)
+    assert list(Exchange().stream(grid, asked(7, 8, 9), timeout=0.2)) == []
+    assert sorted(grid.pulled) == ["m1", "m2"]
 
 
 def test_what_does_not_come_in_time_is_late_and_named_by_round() -> None:

@@ -20,7 +20,6 @@ from samv2.data.shards import load_client
 from samv2.federated import local_step as sam
 from samv2.federated import lora_round, lora_run
 from samv2.federated.client_round import round_seed
-from samv2.federated.enrolment import sample_nodes
 from samv2.federated.lora_methods import METHODS
 from samv2.federated.lora_round import (
     LoraPlace,
@@ -29,6 +28,7 @@ from samv2.federated.lora_round import (
     train_lora_round,
 )
 from samv2.federated.lora_run import ADAPTER, run_lora
+from samv2.federated.roster import sample_nodes
 from samv2.federated.run_folder import load_model_or_run
 from samv2.federated.server_app import run_embedded
 from samv2.models.bootstrap import bootstrap

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from samv2.common.errors import ConfigError, FrameError, ModelError
+from samv2.common.errors import ConfigError, FederationError, FrameError, ModelError
 from samv2.common.telemetry import read_metrics
 from samv2.experts.moe_layers import WalkOptions
 from samv2.experts.sub_graph import SubGraph
@@ -269,8 +269,8 @@ def test_parts_name_what_is_held(
     assert planner.plan(ClientBudget(memory_bytes=small)).experts_per_token == 3
     budgets = {0: ClientBudget(), 1: ClientBudget(memory_bytes=small)}
     with caplog.at_level(logging.INFO, logger="samv2"):
-        parts = plan_parts(planner, budgets | {2: budgets[1]})
-    assert parts.part(0) is None and parts.held(0) is None
+        parts, unfit = plan_parts(planner, budgets | {2: budgets[1]})
+    assert unfit == {} and parts.part(0) is None and parts.held(0) is None
     part = parts.part(1)
     assert part is not None and part.size == 3
     held = parts.held(1)
@@ -279,6 +279,36 @@ def test_parts_name_what_is_held(
     assert "the whole model: 8 experts" in describe_part(planner, None)
     whole = Parts(of_client={0: every(8, layers, 4, 1)})
     assert whole.held(0) is None
+
+
+def test_a_client_that_nothing_fits_costs_nobody_else(expert_folder: Path) -> None:
+    budgets = {
+        0: ClientBudget(),
+        1: ClientBudget(memory_bytes=1),
+        2: ClientBudget(flops=1e-9),
+    }
+    parts, unfit = plan_parts(planner_for(expert_folder), budgets)
+    assert sorted(unfit) == [1, 2] and parts.of_client == {}
+    assert "memory budget is 1 bytes" in unfit[1]
+
+
+@pytest.mark.parametrize("needed", [1, 2])
+def test_a_run_goes_on_without_it_while_there_are_enough(
+    expert_folder: Path, tmp_path: Path, needed: int
+) -> None:
+    settings = small_settings(
+        expert_folder,
+        "budgets.memory_bytes=0,1",
+        "federation.rounds=1",
+        f"federation.min_replies={needed}",
+    )
+    if needed == 2:
+        with pytest.raises(FederationError, match="Client 1: .*is 1 bytes"):
+            run_embedded(settings, tmp_path / "run", console=quiet())
+        return
+    run_embedded(settings, tmp_path / "run", console=quiet())
+    told = (tmp_path / "run" / "clients.jsonl").read_text()
+    assert [row["client"] for row in json.loads(told)["clients"]] == [0]
 
 
 @pytest.fixture(scope="module")
