@@ -34,14 +34,14 @@ FLWR_FILES = {
     f"samv2/federated/{name}.py"
     for name in (
         "strategy",
-        "enrolment",
+        "roster",
         "exchange",
         "workers",
         "rehearsal_mod",
         "client_app",
         "server_app",
         "grid",
-        "parts",
+        "questions",
         "ask_counts",
         "drift_watch",
         "lora_strategy",
