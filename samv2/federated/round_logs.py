@@ -15,10 +15,11 @@ from samv2.common.telemetry import METRICS, MetricsLog, RowsFile, read_rows
 from samv2.federated.client_rows import CLIENTS, client_rows
 from samv2.federated.round_board import write_board
 from samv2.federated.run_logs import (
+    USAGE,
     append_pack_sizes,
-    append_usage,
     keep_frames,
     metrics_row,
+    usage_row,
     write_merge,
 )
 from samv2.federated.server_merge import ServerState
@@ -56,6 +57,7 @@ class RoundLogs:
         self._manifest = manifest
         self._events = events
         self._first_biases_LE = first_biases_LE
+        self._usage = RowsFile(root / USAGE, keep_rounds=keep_rounds)
         self._clients = RowsFile(root / CLIENTS, keep_rounds=keep_rounds)
         self._metrics = MetricsLog(root, keep_rounds=keep_rounds)
 
@@ -68,7 +70,7 @@ class RoundLogs:
         root, merge = self._root, report.merge
         write_merge(root, merge, report.drift.changes)
         append_pack_sizes(root, merge, self._manifest)
-        append_usage(root, merge)
+        self._usage.write(usage_row(merge))
         if self._settings.federation.keep_frames:
             keep_frames(root, merge)
         clients = client_rows(

@@ -119,26 +119,20 @@ def append_pack_sizes(root: Path, report: MergeReport, manifest: Manifest) -> No
     write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
-def append_usage(root: Path, report: MergeReport) -> None:
-    """Add a round to ``usage.jsonl``: how often each edge was walked, and wanted.
+def usage_row(report: MergeReport) -> dict[str, Any]:
+    """A round's object of ``usage.jsonl``: how often each edge was walked, and wanted.
 
     Per converted layer the upper triangle of (E, E), row by row: on the diagonal how
     often a walk entered at an expert, beside it how often it went from one to the next.
     """
-    path = Path(root) / USAGE
-    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = before.splitlines()
-    earlier = [line for line in lines if _round_of_row(line) < report.round]
     experts = report.counts.usage_LEE.shape[1]
     rows, columns = torch.triu_indices(experts, experts)
-    row = {
+    return {
         "round": report.round,
         "experts": experts,
         "usage": report.counts.usage_LEE[:, rows, columns].tolist(),
         "demand": report.counts.demand_LEE[:, rows, columns].tolist(),
     }
-    text = "\n".join([*earlier, json.dumps(row, separators=(",", ":"))])
-    write_bytes(path, (text + "\n").encode())
 
 
 def keep_counts(root: Path, frames: Mapping[int, bytes]) -> None:
@@ -164,14 +158,6 @@ def keep_frames(root: Path, report: MergeReport) -> None:
 def _round_of(line: str) -> int:
     first = line.split(" ", 1)[0]
     return int(first) if first.isdigit() else -1
-
-
-def _round_of_row(line: str) -> float:
-    """Of a line of ``usage.jsonl``; a damaged one is of no round that is kept."""
-    try:
-        return int(json.loads(line)["round"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def write_mask_debug(root: Path, model: ExpertModel, tokens_BS: Tensor) -> None:
