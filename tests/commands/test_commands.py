@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from samv2.cli import main
 from samv2.common.config import field_kinds
+from samv2.common.settings_checks import CHOICES
+from samv2.configs import shipped_names
 from samv2.experts.moe_layers import WalkOptions
 from samv2.federated.checkup import checkup
 from samv2.federated.run_folder import load_model_or_run
@@ -53,6 +55,26 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"samv2 {verb}" in shown
     if verb == "train":
         assert all(key in shown for key in field_kinds())
+    if "--set KEY=VALUE" in shown:
+        words = " ".join(shown.split())
+        assert "`samv2 train --help` lists all keys" in words
+        assert all(name in words for name in shipped_names())
+
+
+def test_help_says_what_settings_mean_and_may_be(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
+    assert "federation.rounds int 3 Rounds of the run." in words
+    assert (
+        "Divide an expert's sum by its contributors or by all valid replies." in words
+    )
+    for values in CHOICES.values():
+        assert all(value in shown for value in values)
+    assert max(map(len, shown[shown.index("settings (key") :].splitlines())) <= 88
 
 
 def test_help_is_quick() -> None:
