@@ -99,6 +99,14 @@ def test_doctor_finds_nothing_broken(capsys: pytest.CaptureFixture[str]) -> None
     assert all(item.name in shown for item in findings)
 
 
+def test_doctor_says_what_a_gpu_is_used_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    (found,) = [item for item in checkup() if item.name == "device"]
+    assert found.state == "ok" and found.detail.startswith("GPU: clients")
+    assert "train.device" in found.detail and "generate on the CPU" in found.detail
+
+
 def test_doctor_says_what_is_broken(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
