@@ -17,6 +17,7 @@ from samv2.federated.round_board import write_board
 from samv2.federated.run_logs import (
     append_pack_sizes,
     append_usage,
+    keep_counts,
     keep_frames,
     metrics_row,
     write_merge,
@@ -71,6 +72,7 @@ class RoundLogs:
         append_usage(root, merge)
         if self._settings.federation.keep_frames:
             keep_frames(root, merge)
+            keep_counts(root, report.drift.frames, round=merge.round)
         clients = client_rows(
             merge, self._manifest, asked=report.asked, waited=report.waited
         )
