@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from samv2.ablation.factors import ENGINE, NAMES
 from samv2.cli import main
 from samv2.common.config import field_kinds
 from samv2.common.settings_checks import CHOICES
@@ -75,6 +76,13 @@ def test_help_says_what_settings_mean_and_may_be(
     for values in CHOICES.values():
         assert all(value in shown for value in values)
     assert max(map(len, shown[shown.index("settings (key") :].splitlines())) <= 88
+
+
+def test_help_names_every_factor(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["ablate", "--help"])
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert set(NAMES) | set(ENGINE) <= set(words)
 
 
 def test_help_is_quick() -> None:
