@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from samv2.common.config import field_kinds
+from samv2.common.settings_checks import CHOICES
 from samv2.models.dense_layers import DenseLayers
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "random_llama.py"
@@ -153,6 +155,21 @@ def test_the_seven_billion_shape_is_llama_2_7bs(random_llama: ModuleType) -> Non
         random_llama.LlamaConfig(**random_llama.SHAPES["smollm2-135m"])
     )
     assert sum(map(random_llama.math.prod, shapes.values())) == 134_515_008
+
+
+def test_the_page_of_settings_is_what_the_script_writes() -> None:
+    path = SCRIPT.with_name("write_settings_doc.py")
+    spec = importlib.util.spec_from_file_location("write_settings_doc", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert page == script.page(), "run: python scripts/write_settings_doc.py"
+    for key in field_kinds():
+        assert page.count(f"| `{key}` |") == 1
+    for key, values in CHOICES.items():
+        row = next(line for line in page.splitlines() if f"| `{key}` |" in line)
+        assert all(f"`{value}`" in row for value in values)
 
 
 def test_help_teaches() -> None:

@@ -31,8 +31,14 @@ NAMES = {
 SWITCHES = ("assembler", "chains", "surrogates", "error_feedback", "shared")
 """Factors that also take ``on`` and ``off``; ``on`` is the base's value, or the default
 where the base has it off."""
-ENGINE = ("federation.workers", "federation.keep_frames", "federation.round_timeout")
-"""Settings that a grid sets itself, and that change no result."""
+ENGINE = (
+    "federation.workers",
+    "federation.keep_frames",
+    "federation.round_timeout",
+    "train.device",
+)
+"""Settings that say how a run is carried out, not what it is: no factors, and no part of
+a run's name."""
 UNUSED = ("distill.steps", "distill.batch_size", "distill.learning_rate")
 """Settings that only `samv2 bootstrap` reads."""
 
@@ -112,7 +118,9 @@ def _factor(
         faults.append(f"there is no factor {name!r}{nearest(name, (*NAMES, *kinds))}")
         return None
     if key in ENGINE:
-        faults.append(f"{key} changes no result and is set by the grid; leave it out")
+        faults.append(
+            f"{key} says how runs are carried out, not what they are; leave it out"
+        )
         return None
     if key in UNUSED:
         faults.append(

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from samv2.ablation.factors import ENGINE, NAMES, SWITCHES
 from samv2.commands.options import add_settings_options, settings_help
 
 DESCRIPTION = """\
@@ -18,10 +19,13 @@ finished is not run again. Runs that differ in training alone share one converte
 
 Exit status 1 says that a run failed or broke a bound; the table says which.
 """
-EXAMPLES = """\
-readable names of factors (any setting may be varied by its key as well):
-  assembler, chains, surrogates, error_feedback, shared    on, off, or a number
-  K, E, rank, codec, rho_max, layers
+EXAMPLES = f"""\
+readable names of factors (others are varied by their key):
+  {', '.join(SWITCHES)}    on, off, or a number
+  {', '.join(name for name in NAMES if name not in SWITCHES)}
+no factors:
+  {', '.join(ENGINE)}
+      (how runs are carried out), and distill.* (of `samv2 bootstrap`)
 examples:
   samv2 ablate --config demo --vary K=8,12 --vary codec=int8,int4 --log-dir grids/1
       four runs

@@ -11,7 +11,7 @@ from samv2.commands.options import add_run_options, add_settings_options, settin
 STORY = """\
 [bold]SAM-v2 demo[/bold]: one pre-trained LLM, {clients} clients with different text, \
 {rounds} rounds.
-  1. fetch SmolLM2-135M and real text (once, into {cache})
+  1. fetch SmolLM2-135M-Instruct and real text (once, into {cache})
   2. cut the model's FFNs into {experts} experts a layer; a token visits {visits}
   3. every client trains on its own text and sends only the experts that changed most
   4. the server merges them and edits the expert graph

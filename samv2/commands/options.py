@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-from samv2.common.config import describe_settings, given_values, load_settings
+from samv2.common.config import given_values, load_settings
 from samv2.common.settings import Settings
-from samv2.configs import config_path
+from samv2.common.settings_text import SettingText, setting_texts
+from samv2.configs import config_path, shipped_names
+
+HELP_WIDTH = 88
 
 
 def add_settings_options(
@@ -19,7 +23,7 @@ def add_settings_options(
         "--config",
         metavar="FILE",
         default=default,
-        help="TOML file, or the name of a shipped config"
+        help=f"TOML file, or a shipped config: {', '.join(shipped_names())}"
         + (f" (default: {default})" if default else ""),
     )
     parser.add_argument(
@@ -28,7 +32,8 @@ def add_settings_options(
         action="append",
         default=[],
         dest="overrides",
-        help="change one setting, e.g. federation.rounds=5 (repeatable)",
+        help="change one setting, e.g. federation.rounds=5 (repeatable); `samv2 train "
+        "--help` lists all keys with what they mean",
     )
 
 
@@ -70,8 +75,24 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
 
 
 def settings_help() -> str:
-    """Every setting with its default, for ``--help``."""
-    rows = describe_settings()
-    width = max(len(key) for key, _, _ in rows)
-    lines = [f"  {key:<{width}}  {kind:<5}  {value}" for key, value, kind in rows]
-    return "settings (key, type, default):\n" + "\n".join(lines)
+    """Every setting with its default and meaning, for ``--help``."""
+    texts = setting_texts()
+    width = max(len(text.key) for text in texts)
+    lines = ["settings (key, type, default; below them what they mean):"]
+    for text in texts:
+        lines.append(f"  {text.key:<{width}}  {text.kind:<5}  {text.default}".rstrip())
+        lines += textwrap.wrap(
+            _meaning(text),
+            HELP_WIDTH,
+            initial_indent=" " * 6,
+            subsequent_indent=" " * 6,
+        )
+    return "\n".join(lines)
+
+
+def _meaning(text: SettingText) -> str:
+    """In a sentence, with the values that the sentence does not name."""
+    words = text.first_sentence.replace("``", "")
+    if all(choice in words for choice in text.choices):
+        return words
+    return f"{words} One of: {', '.join(text.choices)}."

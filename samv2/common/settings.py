@@ -28,15 +28,15 @@ class ExpertSettings:
     """Dense model to expert graph."""
 
     num_experts: int = 16
-    """E; must divide the FFN's rows."""
+    """E, experts a layer; must divide the FFN's rows."""
     experts_per_token: int = 8
-    """K, shared experts included."""
+    """K, experts that a token visits, shared ones included."""
     num_shared: int = 2
     """Experts that every token visits (highest activation mass)."""
     layers: str = "1-"
     """Decoder layers to convert: ``all``, or ranges as ``1-``, ``4-20,25``."""
     feature: str = "coactivation"
-    """What rows are clustered by: coactivation, gate, gate_up_down."""
+    """What rows are clustered by: ``coactivation``, ``gate`` or ``gate_up_down``."""
     cluster_starts: int = 3
     """Starts of the clustering; the best is kept."""
     gate: str = "ridge"
@@ -80,7 +80,7 @@ class AdapterSettings:
     """Row-LoRA."""
 
     rank: int = 8
-    """R."""
+    """R, rank of the adapters."""
     scale: float = 2.0
     """s, multiplies every adapter term."""
     factors: str = "random"
@@ -111,7 +111,8 @@ class DataSettings:
     domains: tuple[str, ...] = ("legal", "bible", "biomed", "python")
     """Names of built-in sources, or NAME=PATH for own text."""
     split: str = "domain"
-    """``domain`` (one a client), ``shards`` or ``dirichlet`` (Shepherd's splits)."""
+    """``domain`` (one a client), ``shards`` (two pieces a client of the text in order of
+    domains) or ``dirichlet`` (shares drawn with ``data.alpha``); Shepherd's splits."""
     alpha: float = 0.5
     """Concentration of the Dirichlet split; lower is more heterogeneous."""
     train_bytes: int = 2_097_152
@@ -121,7 +122,9 @@ class DataSettings:
     calibration_bytes: int = 65_536
     """Calibration text per domain, bytes of UTF-8."""
     drift: tuple[str, ...] = ()
-    """Changes of clients' text, ``ROUND:CLIENTS=DOMAIN``, e.g. ``6:0-1+4=chat``."""
+    """Changes of clients' text, ``ROUND:CLIENTS=DOMAIN``, e.g. ``6:0-1+4=chat``. From that
+    round on, 2 or later, those clients (numbers from 0 and spans, joined by ``+``) hold
+    text of that domain and no other, a built-in one or ``NAME=PATH``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +176,7 @@ class FederationSettings:
     send_experts: int = 0
     """Most experts a layer sends; 0 leaves it to the budget."""
     codec: str = "int8"
-    """Value codec of updates: raw, bf16, f16, int8, nf4, int4."""
+    """Of updates' values: ``raw``, ``bf16``, ``f16``, ``int8``, ``nf4`` or ``int4``."""
     keep_frames: bool = False
     """Keep every merged update as it came, in ``frames/``; read by `samv2 inspect`."""
     error_feedback: float = 1.0

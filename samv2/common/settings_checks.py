@@ -41,6 +41,22 @@ ATTACKS = (
     "wrong_graph",
 )
 """What a hostile client of a rehearsal can send."""
+CHOICES = {
+    "model.dtype": DTYPES,
+    "experts.feature": FEATURES,
+    "experts.gate": GATES,
+    "experts.combine": COMBINES,
+    "experts.quantise": QUANTISATIONS,
+    "adapter.factors": FACTORS,
+    "data.split": SPLITS,
+    "train.schedule": SCHEDULES,
+    "federation.codec": CODECS,
+    "federation.normalise": NORMALISE,
+    "aggregation.rule": RULES,
+    "aggregation.optimizer": OPTIMIZERS,
+    "rehearsal.attacks": ATTACKS,
+}
+"""The values of settings that have no others; of a list, those of its items."""
 
 
 def find_faults(settings: Settings) -> Iterator[str]:
@@ -59,16 +75,16 @@ def _below(name: str, value: float, least: float) -> Iterator[str]:
         yield f"{name} is {value}; use at least {least}"
 
 
-def _unknown(name: str, value: str, known: tuple[str, ...]) -> Iterator[str]:
-    if value not in known:
-        yield f"{name} is {value!r}; use one of {', '.join(known)}"
+def _unknown(name: str, value: str) -> Iterator[str]:
+    if value not in CHOICES[name]:
+        yield f"{name} is {value!r}; use one of {', '.join(CHOICES[name])}"
 
 
 def _model_faults(settings: Settings) -> Iterator[str]:
     experts = settings.experts
     if not 0 <= settings.seed < 2**32:
         yield f"seed is {settings.seed}; use a whole number in 0..{2**32 - 1}"
-    yield from _unknown("model.dtype", settings.model.dtype, DTYPES)
+    yield from _unknown("model.dtype", settings.model.dtype)
     yield from _below("experts.num_experts", experts.num_experts, 1)
     yield from _below("experts.num_shared", experts.num_shared, 0)
     if experts.num_shared >= max(1, experts.num_experts):
@@ -83,10 +99,10 @@ def _model_faults(settings: Settings) -> Iterator[str]:
             f"{experts.num_shared} shared experts and must lie in "
             f"{least}..{experts.num_experts}"
         )
-    yield from _unknown("experts.feature", experts.feature, FEATURES)
-    yield from _unknown("experts.gate", experts.gate, GATES)
-    yield from _unknown("experts.combine", experts.combine, COMBINES)
-    yield from _unknown("experts.quantise", experts.quantise, QUANTISATIONS)
+    yield from _unknown("experts.feature", experts.feature)
+    yield from _unknown("experts.gate", experts.gate)
+    yield from _unknown("experts.combine", experts.combine)
+    yield from _unknown("experts.quantise", experts.quantise)
     yield from _below("experts.cluster_starts", experts.cluster_starts, 1)
     yield from _below("experts.surrogate_rank", experts.surrogate_rank, 0)
     yield from _below("experts.calibration_tokens", experts.calibration_tokens, 256)
@@ -106,7 +122,7 @@ def _model_faults(settings: Settings) -> Iterator[str]:
             "number"
         )
     yield from _below("adapter.rank", settings.adapter.rank, 1)
-    yield from _unknown("adapter.factors", settings.adapter.factors, FACTORS)
+    yield from _unknown("adapter.factors", settings.adapter.factors)
     if settings.adapter.factors == "gradient" and experts.quantise != "none":
         yield (
             f"adapter.factors is 'gradient' and experts.quantise {experts.quantise!r}; "
@@ -121,7 +137,7 @@ def _model_faults(settings: Settings) -> Iterator[str]:
 
 def _data_faults(settings: Settings) -> Iterator[str]:
     data = settings.data
-    yield from _unknown("data.split", data.split, SPLITS)
+    yield from _unknown("data.split", data.split)
     if not data.domains:
         yield "data.domains is empty; name at least one domain"
     if len(set(data.domains)) != len(data.domains):
@@ -147,7 +163,7 @@ def _train_faults(settings: Settings) -> Iterator[str]:
             f"train.sequence_length is {train.sequence_length}; it must exceed "
             f"assembler.prefix_tokens = {prefix}, or the assembler never makes a mask"
         )
-    yield from _unknown("train.schedule", train.schedule, SCHEDULES)
+    yield from _unknown("train.schedule", train.schedule)
     for name in ("learning_rate", "clip_norm"):
         if getattr(train, name) <= 0:
             yield f"train.{name} is {getattr(train, name)}; use a positive number"
@@ -185,8 +201,8 @@ def _federation_faults(settings: Settings) -> Iterator[str]:
     yield from _below(
         "federation.update_budget_bytes", federation.update_budget_bytes, 4096
     )
-    yield from _unknown("federation.codec", federation.codec, CODECS)
-    yield from _unknown("federation.normalise", federation.normalise, NORMALISE)
+    yield from _unknown("federation.codec", federation.codec)
+    yield from _unknown("federation.normalise", federation.normalise)
     if not 0 <= federation.error_feedback <= 1:
         yield (
             f"federation.error_feedback is {federation.error_feedback}; use a share "
@@ -220,8 +236,8 @@ def _share(name: str, value: float, most: float = 1.0) -> Iterator[str]:
 
 def _aggregation_faults(settings: Settings) -> Iterator[str]:
     rules, privacy = settings.aggregation, settings.privacy
-    yield from _unknown("aggregation.rule", rules.rule, RULES)
-    yield from _unknown("aggregation.optimizer", rules.optimizer, OPTIMIZERS)
+    yield from _unknown("aggregation.rule", rules.rule)
+    yield from _unknown("aggregation.optimizer", rules.optimizer)
     yield from _share("aggregation.trim", rules.trim, 0.5)
     yield from _below("aggregation.quorum", rules.quorum, 1)
     yield from _below("aggregation.clip_to_median", rules.clip_to_median, 0)
@@ -278,7 +294,7 @@ def _client_faults(settings: Settings) -> Iterator[str]:
     yield from _share("rehearsal.fail", rehearsal.fail)
     yield from _share("rehearsal.hostile", rehearsal.hostile)
     for name in rehearsal.attacks:
-        yield from _unknown("rehearsal.attacks", name, ATTACKS)
+        yield from _unknown("rehearsal.attacks", name)
 
 
 def _drift_faults(settings: Settings) -> Iterator[str]:

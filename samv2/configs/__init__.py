@@ -18,7 +18,12 @@ def config_path(name: str) -> Path:
     shipped = Path(str(files(__name__))) / f"{name}.toml"
     if shipped.is_file():
         return shipped
-    names = sorted(item.stem for item in Path(str(files(__name__))).glob("*.toml"))
+    names = ", ".join(shipped_names())
     raise ConfigError(
-        [f"there is no config {name!r}; give a TOML file or one of {', '.join(names)}"]
+        [f"there is no config {name!r}; give a TOML file or one of {names}"]
     )
+
+
+def shipped_names() -> list[str]:
+    """Names of the shipped configurations, sorted."""
+    return sorted(item.stem for item in Path(str(files(__name__))).glob("*.toml"))

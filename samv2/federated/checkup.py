@@ -87,7 +87,10 @@ def _extension() -> tuple[str, str]:
 
 def _device() -> tuple[str, str]:
     if torch.cuda.is_available():
-        return "ok", torch.cuda.get_device_name()
+        return "ok", (
+            f"{torch.cuda.get_device_name()}: clients of a federation compute there "
+            "(train.device), bootstrap, eval and generate on the CPU"
+        )
     return "note", "no CUDA device: everything runs on the CPU"
 
 
@@ -124,9 +127,10 @@ def _kernels() -> tuple[str, str]:
 
 def _four_bit() -> tuple[str, str]:
     return "ok", (
-        f"bitsandbytes {version('bitsandbytes')}: NF4 expert blocks "
-        "(experts.quantise), one matrix of one expert unpacked at a time on a CPU, and "
-        "dense QLoRA (samv2.models.quantised)"
+        "NF4 expert blocks (experts.quantise) are packed and read by samv2's own code, on "
+        "a CPU one matrix of one expert at a time; "
+        f"bitsandbytes {version('bitsandbytes')}: dense QLoRA (samv2.models.quantised), "
+        "and an optional product on CPUs (samv2_kernels.for_decoding)"
     )
 
 

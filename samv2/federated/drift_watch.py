@@ -33,8 +33,13 @@ class DriftReport:
 
     changes: tuple[SiblingChange, ...] = ()
     """What was done about clients whose text has changed."""
-    bytes_up: dict[int, int] = field(default_factory=dict)
-    """Bytes of token counts that clients sent for it."""
+    frames: dict[int, bytes] = field(default_factory=dict)
+    """Token counts that clients sent for it, as they came."""
+
+    @property
+    def bytes_up(self) -> dict[int, int]:
+        """Bytes of these by client."""
+        return {client: len(frame) for client, frame in self.frames.items()}
 
 
 def watch_drift(
@@ -86,6 +91,5 @@ def watch_drift(
         siblings=siblings,
         experts=state.graph.order_LE.numel(),
     )
-    sent = {client: len(frame) for client, frame in frames.items()}
     watched = replace(state, blocks=blocks, siblings=memory)
-    return watched, DriftReport(changes=changes, bytes_up=sent)
+    return watched, DriftReport(changes=changes, frames=frames)

@@ -17,6 +17,7 @@ from samv2.federated.round_board import write_board
 from samv2.federated.run_logs import (
     USAGE,
     append_pack_sizes,
+    keep_counts,
     keep_frames,
     metrics_row,
     usage_row,
@@ -73,6 +74,7 @@ class RoundLogs:
         self._usage.write(usage_row(merge))
         if self._settings.federation.keep_frames:
             keep_frames(root, merge)
+            keep_counts(root, report.drift.frames, round=merge.round)
         clients = client_rows(
             merge, self._manifest, asked=report.asked, waited=report.waited
         )

@@ -135,10 +135,18 @@ def usage_row(report: MergeReport) -> dict[str, Any]:
     }
 
 
-def keep_counts(root: Path, frames: Mapping[int, bytes]) -> None:
-    """``frames/client_{I}.counts.bin``: the token counts that clients sent."""
+def keep_counts(
+    root: Path, frames: Mapping[int, bytes], *, round: int | None = None
+) -> None:
+    """``frames/client_{I}.counts.bin``: the token counts that clients sent.
+
+    Those that were asked for after a round, because text may have changed, are
+    ``frames/round_{N}_client_{I}.counts.bin``.
+    """
+    when = "" if round is None else f"round_{round:04d}_"
     for client, frame in frames.items():
-        write_bytes(Path(root) / "frames" / f"client_{client:04d}.counts.bin", frame)
+        name = f"{when}client_{client:04d}.counts.bin"
+        write_bytes(Path(root) / "frames" / name, frame)
 
 
 def keep_frames(root: Path, report: MergeReport) -> None:

@@ -166,6 +166,31 @@ def test_bytes_that_were_not_sent_are_found(
     assert word in broken(doctored, "check_reported_bytes")
 
 
+def test_token_counts_that_drift_asks_for_are_counted(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    settings = small_settings(
+        tiny_llama_folder,
+        "adapter.siblings=3",
+        "assembler.width=0",
+        "edits.rho_max=0",
+        "federation.rounds=2",
+        "federation.keep_frames=true",
+        "data.drift=2:0=math",
+        "drift.detect=true",
+        "drift.distance=0.2",
+    )
+    run_embedded(settings, tmp_path, console=quiet())
+    assert check_bounds(tmp_path) == dict.fromkeys(CHECKS, OK)
+    (later,) = (tmp_path / "frames").glob("round_*.counts.bin")
+    assert later.name == "round_0001_client_0000.counts.bin"
+    assert len(list((tmp_path / "frames").glob("client_*.counts.bin"))) == 2
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    edit_metrics(tmp_path, bytes_up=row["bytes_up"] - later.stat().st_size)
+    found = broken(tmp_path, "check_reported_bytes")
+    assert "round 1 reports bytes_up" in found
+
+
 def test_frames_that_are_missing_foreign_or_of_another_round(doctored: Path) -> None:
     frames = doctored / "frames"
     shutil.copy(

@@ -59,13 +59,14 @@ def test_every_fault_is_listed() -> None:
         "experts.experts_per_token": [8],
         "rank": [],
         "federation.workers": [2],
+        "train.device": ["cpu", "cuda"],
         "distill.steps": [10],
         "experts.chains": ["on"],
     }
     with pytest.raises(ConfigError) as caught:
         read_factors(vary, {})
     faults = caught.value.faults
-    assert len(faults) == 7
+    assert len(faults) == 8
     for fault, word in zip(
         faults,
         (
@@ -73,7 +74,8 @@ def test_every_fault_is_listed() -> None:
             "K is 'few'; write a whole number",
             "experts.experts_per_token and K are both",
             "rank has no values",
-            "changes no result",
+            "federation.workers says how runs are carried out",
+            "train.device says how runs are carried out",
             "`samv2 bootstrap` alone",
             "experts.chains is 'on'; write true or false",
         ),

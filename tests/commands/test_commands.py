@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from samv2.ablation.factors import ENGINE, NAMES
 from samv2.cli import main
 from samv2.common.config import field_kinds
+from samv2.common.settings_checks import CHOICES
+from samv2.configs import shipped_names
 from samv2.experts.moe_layers import WalkOptions
 from samv2.federated.checkup import checkup
 from samv2.federated.run_folder import load_model_or_run
@@ -53,6 +56,33 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"samv2 {verb}" in shown
     if verb == "train":
         assert all(key in shown for key in field_kinds())
+    if "--set KEY=VALUE" in shown:
+        words = " ".join(shown.split())
+        assert "`samv2 train --help` lists all keys" in words
+        assert all(name in words for name in shipped_names())
+
+
+def test_help_says_what_settings_mean_and_may_be(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
+    assert "federation.rounds int 3 Rounds of the run." in words
+    assert (
+        "Divide an expert's sum by its contributors or by all valid replies." in words
+    )
+    for values in CHOICES.values():
+        assert all(value in shown for value in values)
+    assert max(map(len, shown[shown.index("settings (key") :].splitlines())) <= 88
+
+
+def test_help_names_every_factor(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["ablate", "--help"])
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert set(NAMES) | set(ENGINE) <= set(words)
 
 
 def test_help_is_quick() -> None:
@@ -75,6 +105,14 @@ def test_doctor_finds_nothing_broken(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert all(item.name in shown for item in findings)
+
+
+def test_doctor_says_what_a_gpu_is_used_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    (found,) = [item for item in checkup() if item.name == "device"]
+    assert found.state == "ok" and found.detail.startswith("GPU: clients")
+    assert "train.device" in found.detail and "generate on the CPU" in found.detail
 
 
 def test_doctor_says_what_is_broken(
