@@ -12,7 +12,7 @@ nobody sent keeps its value and its moments, as in lazy Adam. All is float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -64,3 +64,12 @@ def server_step(
             step = m / (v.sqrt() + settings.epsilon)
         new[key] = blocks[key] + eta * step
     return new, Moments(first=first, second=second)
+
+
+def forget(moments: Moments, rewritten: Container[int]) -> Moments:
+    """The moments without those of blocks that something else than a step has changed."""
+
+    def kept(blocks: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        return {key: value for key, value in blocks.items() if key not in rewritten}
+
+    return Moments(first=kept(moments.first), second=kept(moments.second))

@@ -74,6 +74,24 @@ def used_siblings(gate: Tensor, siblings: int) -> list[int]:
     return (gate[-siblings:] > NEVER / 2).nonzero().flatten().tolist()
 
 
+def unserved_rows(gate: Tensor, siblings: int, experts: int) -> frozenset[int]:
+    """Blocks of the siblings that serve no text: nobody trains them.
+
+    Sibling 0's are never among them, for they hold more than its rows.
+
+    Args:
+        gate: its flat parameters; one that is not fitted serves everybody.
+        siblings: G.
+        experts: L E.
+    """
+    idle = set(range(1, siblings)) - set(used_siblings(gate, siblings))
+    return frozenset(
+        expert_block(expert, experts, sibling)
+        for sibling in idle
+        for expert in range(experts)
+    )
+
+
 def share_update(
     update: Mapping[int, Tensor],
     *,

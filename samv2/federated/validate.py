@@ -15,6 +15,7 @@ from samv2.common.settings import Settings
 from samv2.experts.graph import ExpertGraph
 from samv2.federated.client_round import TrainReply
 from samv2.federated.server_merge import ServerState, ValidReply
+from samv2.federated.siblings import unserved_rows
 from samv2.federated.usage import EdgeCounts, unpack_usage
 from samv2.updates.aggregate import Contribution
 from samv2.updates.packing import Manifest, unpack
@@ -104,8 +105,8 @@ def validate_reply(
         raise FrameError(
             "not_held", f"the update changes block {strange[0]}, which its client lacks"
         )
-    if settings.adapter.siblings > 1 and max(manifest.ids) in update:
-        raise FrameError("fixed_block", "the update changes the gate, which is fixed")
+    if settings.adapter.siblings > 1:
+        _check_siblings(update, state, settings.adapter.siblings)
     largest = max(float(block.abs().max()) for block in update.values())
     if largest > LARGEST_VALUE:
         raise FrameError(
@@ -126,6 +127,21 @@ def validate_reply(
         tokens=reply.tokens,
         seconds=reply.seconds,
     )
+
+
+def _check_siblings(update: Container[int], state: ServerState, siblings: int) -> None:
+    """Refuse a change of the gate, or of a sibling that serves no text."""
+    gate = max(state.blocks)
+    if gate in update:
+        raise FrameError("fixed_block", "the update changes the gate, which is fixed")
+    experts = state.graph.order_LE.numel()
+    unserved = unserved_rows(state.blocks[gate], siblings, experts)
+    strange = sorted(key for key in unserved if key in update)
+    if strange:
+        raise FrameError(
+            "not_held",
+            f"the update changes block {strange[0]}, of a sibling that serves no text",
+        )
 
 
 def _check_walked(counts: EdgeCounts, graph: ExpertGraph, held: Container[int]) -> None:

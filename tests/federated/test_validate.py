@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from samv2.common.errors import FrameError
+from samv2.experts.block_ids import expert_block, gate_block
+from samv2.experts.sibling_gate import BUCKETS, gate_for_kinds
 from samv2.federated.client_round import TrainReply
-from samv2.federated.server_merge import ValidReply
+from samv2.federated.server_merge import ValidReply, initial_state
 from samv2.federated.usage import pack_usage, zero_counts
 from samv2.federated.validate import LARGEST_VALUE, reply_bytes, validate_reply
 from samv2.updates.packing import Manifest, pack
@@ -17,6 +19,7 @@ from tests.federated.runs import (
     EXPERTS,
     LAYERS,
     toy_counts,
+    toy_graph,
     toy_manifest,
     toy_reply,
     toy_settings,
@@ -126,3 +129,27 @@ def test_a_layer_has_no_more_visits_than_its_tokens_can_have_made() -> None:
 def test_no_visits_at_all_are_believed() -> None:
     valid = check(toy_reply(usage=pack_usage(zero_counts(LAYERS, EXPERTS), round=1)))
     assert valid.edge_visits == 0
+
+
+def test_a_sibling_that_serves_no_text_cannot_be_changed() -> None:
+    """It would start with what a stranger has left in it once it serves some."""
+    experts, siblings = LAYERS * EXPERTS, 3
+    idle, gate = expert_block(1, experts, 2), gate_block(experts, siblings)
+    blocks = {key: torch.zeros(6) for key in range(gate)}
+    kinds = {sibling: torch.rand(BUCKETS) for sibling in (0, 1)}
+    fitted = gate_for_kinds(kinds, siblings)
+    state = initial_state(blocks | {gate: fitted}, toy_graph())
+    manifest, settings = Manifest.of(state.blocks), toy_settings("adapter.siblings=3")
+
+    def checked(key: int) -> ValidReply:
+        update = pack({key: torch.ones(6)}, manifest, round=1)
+        reply = toy_reply(update=update)
+        return validate_reply(reply, 7, state, manifest, settings)
+
+    assert checked(idle).contribution.expert_ids == (idle,), "no gate is fitted"
+    state = replace(state, blocks=state.blocks | {gate: fitted})
+    for key in (0, experts, expert_block(1, experts, 1)):
+        assert checked(key).contribution.expert_ids == (key,)
+    with pytest.raises(FrameError, match=f"block {idle}.*no text") as caught:
+        checked(idle)
+    assert caught.value.reason == "not_held"
