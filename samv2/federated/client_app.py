@@ -17,8 +17,7 @@ from samv2.federated.client_round import (
     ClientRuntime,
     evaluate_round,
     load_runtime,
-    tell_counts,
-    text_moved,
+    state_folder,
     train_round,
 )
 from samv2.federated.grid import (
@@ -35,6 +34,7 @@ from samv2.federated.run_config import RUN_DIR, settings_from_run_config
 from samv2.federated.run_folder import RunFolder, run_model
 from samv2.federated.scores import MOVED
 from samv2.federated.subgraph import budget_of
+from samv2.federated.told_counts import tell_counts, text_moved
 from samv2.models.save import WEIGHTS
 
 
@@ -90,8 +90,8 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
         facts = ConfigRecord({"domains": ",".join(shard.heldout)})
         content = RecordDict({"metrics": metrics, "facts": facts})
         if wants_counts(message.content):
-            now = shard.at(asked_round(message.content))
-            frame = tell_counts(place.states, client, now)
+            folder = state_folder(place.states, client)
+            frame = tell_counts(folder, shard, round=asked_round(message.content))
             content["counts"] = counts_to_record(frame)
         return Message(content, reply_to=message)
 
@@ -108,10 +108,13 @@ def make_client_app(place: ClientPlace | None = None) -> ClientApp:
         runtime = runtime_at(where(context), request.part)
         scores = evaluate_round(runtime, client, request)
         metrics = MetricRecord()
-        if runtime.settings.drift.detect:
-            moved = text_moved(runtime, client, request.round)
-            if moved is not None:
-                metrics[MOVED] = moved
+        if request.told is not None:
+            metrics[MOVED] = text_moved(
+                state_folder(runtime.states, client),
+                load_client(runtime.shards, client),
+                round=request.round,
+                told=request.told,
+            )
         for domain, score in scores.items():
             metrics[f"nll.{domain}"] = score.nll
             metrics[f"tokens.{domain}"] = score.tokens

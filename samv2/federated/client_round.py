@@ -10,7 +10,7 @@ were sent, and the server's follows as the budget allows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,20 +25,16 @@ from samv2.common.threads import small_onednn_cache
 from samv2.data.shards import ClientShard, load_client
 from samv2.data.tokens import windows
 from samv2.experts.graph import ExpertGraph
-from samv2.experts.sibling_gate import count_tokens
 from samv2.experts.sub_graph import SubGraph
 from samv2.federated.client_state import (
     ClientState,
     load_client_state,
-    load_counts,
     save_client_state,
-    save_counts,
 )
-from samv2.federated.drift import distance
 from samv2.federated.graph_message import GraphMessage, update_graph
 from samv2.federated.heldout import heldout_windows, score_domains
 from samv2.federated.local_step import LocalResult, local_step
-from samv2.federated.siblings import pack_counts
+from samv2.federated.siblings import pack_counts, unserved_rows
 from samv2.federated.subgraph import whole_manifest
 from samv2.federated.usage import EdgeCounts, pack_usage
 from samv2.models.adapters import block_layers
@@ -84,6 +80,9 @@ class RoundRequest:
     part: SubGraph | None = None
     """What the client holds; None: the whole model."""
     temperature: float = 1.0
+    told: int | None = None
+    """To score only: round of the token counts that the server goes by, 0 where it has
+    none; None: it does not watch for changed text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +161,13 @@ def train_round(
     state = load_client_state(folder, before_round=request.round)
     graph = update_graph(state.graph, request.graph)
     received = _load_round(runtime, request, graph)
-    own = _with_own(received, _inward(runtime, state.residual))
+    unserved = _unserved(runtime, received)
+    residual = _without(_inward(runtime, state.residual), unserved)
+    moments = state.moments
+    if moments is not None:
+        first, second = (_without(m, unserved) for m in (moments.first, moments.second))
+        moments = replace(moments, first=first, second=second)
+    own = _with_own(received, residual)
     runtime.model.write_blocks(own)
     shard = load_client(runtime.shards, client).at(request.round)
     rate = learning_rate(settings, request.round)
@@ -174,7 +179,7 @@ def train_round(
         temperature=request.temperature,
         siblings=own_siblings(runtime, shard),
         count_usage=settings.edits.rho_max > 0,
-        moments=state.moments,
+        moments=moments,
         micro_batch=0 if runtime.part is None else runtime.part.micro_batch,
         callbacks=callbacks,
     )
@@ -216,31 +221,6 @@ def evaluate_round(
         runtime.settings.federation.eval_windows,
     )
     return score_domains(runtime.model, held, batch_size=train.batch_size)
-
-
-def tell_counts(states: Path, client: int, shard: ClientShard) -> bytes:
-    """The frame with the token counts of a client's text; they are remembered.
-
-    Args:
-        states: folder of the clients' states.
-        client: its index.
-        shard: as it is in the round that is asked about.
-    """
-    save_counts(state_folder(states, client), count_tokens(shard.train))
-    return pack_counts(shard.train)
-
-
-def text_moved(runtime: ClientRuntime, client: int, round: int) -> float | None:
-    """How far a client's text in a round is from what the server was told of it.
-
-    Returns:
-        Jensen-Shannon distance of the token counts, 0..1; None where it was told none.
-    """
-    told_N = load_counts(state_folder(runtime.states, client))
-    if told_N is None:
-        return None
-    shard = load_client(runtime.shards, client).at(round)
-    return distance(told_N, count_tokens(shard.train))
 
 
 def own_siblings(runtime: ClientRuntime, shard: ClientShard) -> tuple[int, ...] | None:
@@ -290,6 +270,19 @@ def _load_round(
     if isinstance(assembler, PartAssembler):
         assembler.set_graph(graph)
     return received
+
+
+def _unserved(runtime: ClientRuntime, received: Mapping[int, Tensor]) -> frozenset[int]:
+    """The model's blocks of siblings that serve no text now, and may have had some."""
+    config = runtime.model.expert_config
+    if config.siblings == 1:
+        return frozenset()
+    experts = len(config.layers) * config.num_experts
+    return unserved_rows(received[max(received)], config.siblings, experts)
+
+
+def _without(blocks: Mapping[int, Tensor], ids: Container[int]) -> dict[int, Tensor]:
+    return {key: block for key, block in blocks.items() if key not in ids}
 
 
 def _inward(

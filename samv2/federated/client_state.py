@@ -22,7 +22,6 @@ from samv2.experts.graph import ExpertGraph
 from samv2.federated.moments import Moments
 
 KEEP = 3
-COUNTS = "counts.safetensors"
 PARTS = ("residual", "first", "second")
 FILE = re.compile(r"round_(\d{4,})\.safetensors")
 _DAMAGE = (OSError, SafetensorError, KeyError, ValueError, IndexError, GraphError)
@@ -113,29 +112,6 @@ def save_client_state(folder: Path, state: ClientState, *, round: int) -> None:
     later = [item for item in files if item[0] > round]
     for _, old in [*until[:-KEEP], *later]:
         old.unlink(missing_ok=True)
-
-
-def save_counts(folder: Path, counts_N: Tensor) -> None:
-    """Keep the token counts that the server was told last."""
-    write_bytes(Path(folder) / COUNTS, save({"counts_N": counts_N}))
-
-
-def load_counts(folder: Path) -> Tensor | None:
-    """What :func:`save_counts` kept; None where the server was told none.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    path = Path(folder) / COUNTS
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("counts_N")
-    except _DAMAGE as error:
-        raise CheckpointError(
-            f"the token counts {path} are damaged ({error}); remove the file"
-        ) from None
 
 
 def _files(folder: Path) -> list[tuple[int, Path]]:

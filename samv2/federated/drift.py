@@ -12,15 +12,20 @@ Changed text is first compared with every kind that a sibling serves: one that i
 enough is *reused*. Otherwise a sibling that was held back is *spawned*: it shares the
 base blocks as all siblings do, copies the adapter rows of the sibling whose text is
 nearest, and the gate learns its kind of text; so the model's output on the new text
-starts as its parent's. A spawned sibling that no client needs for ``patience`` rounds is
-*retired*, and can be spawned again.
+starts as its parent's. A spawned sibling whose clients are gone or silent for
+``patience`` scorings is *retired*, and can be spawned again. Siblings are scarce, and a
+client may lie: it causes one spawn in ``REST * patience`` scorings at most.
+
+The server alone says what counts as told: a client compares its text with the counts of
+the round in :attr:`SiblingMemory.told`, which is part of the checkpoint. Until a change
+is answered, it therefore alarms again, also after a lost answer or a resume.
 
 Everything here is a pure function of what the server knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -29,11 +34,11 @@ from torch import Tensor
 
 from samv2.common.settings import DriftSettings
 from samv2.data.allocation import heterogeneity
-from samv2.experts.block_ids import expert_block
-from samv2.experts.sibling_gate import gate_for_kinds
 
 MEMORY = 3
 """Losses that the fading mean looks back on, about."""
+REST = 4
+"""Times ``drift.patience``: scorings in which a client causes one spawn at most."""
 ChangeKind = Literal["spawn", "reuse", "none", "retire"]
 
 
@@ -69,7 +74,9 @@ class SiblingMemory:
     """What the server remembers of siblings and of their clients' text."""
 
     counts: dict[int, Tensor] = field(default_factory=dict)
-    """{client: (N,) float32 token counts, as last told}."""
+    """{client: (N,) float32 token counts, as last settled}."""
+    told: dict[int, int] = field(default_factory=dict)
+    """{client: the round whose text ``counts`` are of}."""
     kinds: dict[int, Tensor] = field(default_factory=dict)
     """{sibling: (N,) float32 shares of tokens in the text it serves}; the used ones."""
     members: dict[int, int] = field(default_factory=dict)
@@ -77,7 +84,9 @@ class SiblingMemory:
     spawned: dict[int, int] = field(default_factory=dict)
     """{sibling: round after which it was made}, of those that were not there at first."""
     idle: dict[int, int] = field(default_factory=dict)
-    """{spawned sibling: rounds in a row in which no client needed it}."""
+    """{spawned sibling: scorings in a row in which no client needed it}."""
+    resting: dict[int, int] = field(default_factory=dict)
+    """{client: scorings until it may cause a spawn again}; others may."""
     watches: dict[int, LossWatch] = field(default_factory=dict)
     """By client."""
 
@@ -101,7 +110,7 @@ def begin(counts: Mapping[int, Tensor], members: Mapping[int, int]) -> SiblingMe
     """The memory when the gate has just been fitted.
 
     Args:
-        counts: {client: (N,) token counts}.
+        counts: {client: (N,) token counts of its text in round 1}.
         members: {client: sibling}, as the fit found them.
     """
     kinds = {
@@ -110,7 +119,12 @@ def begin(counts: Mapping[int, Tensor], members: Mapping[int, int]) -> SiblingMe
         ).mean(dim=0)
         for sibling in sorted(set(members.values()))
     }
-    return SiblingMemory(counts=dict(counts), kinds=kinds, members=dict(members))
+    return SiblingMemory(
+        counts=dict(counts),
+        told=dict.fromkeys(counts, 1),
+        kinds=kinds,
+        members=dict(members),
+    )
 
 
 def observe(
@@ -136,7 +150,9 @@ def observe(
         watches[client] = watch.after(loss, settings.tolerance)
     rose = {c for c in losses if watches[c].statistic > settings.threshold}
     turned = {c for c, far in moved.items() if far > settings.distance}
-    return replace(memory, watches=watches), tuple(sorted(rose | turned))
+    resting = {c: left - 1 for c, left in memory.resting.items() if left > 1}
+    seen = replace(memory, watches=watches, resting=resting)
+    return seen, tuple(sorted(rose | turned))
 
 
 def respond(
@@ -151,22 +167,25 @@ def respond(
 
     Args:
         memory: before.
-        counts: {client: (N,) token counts of its text now}.
+        counts: {client: (N,) token counts of its text in the round that comes next}.
         settings: distance, and whether siblings may be spawned.
         siblings: G, with those held back.
         round: rounds completed.
 
     Returns:
-        The memory after, and what is to be done; at most one spawn. A client that has to
-        wait for the next round's spawn is alarmed again then.
+        The memory after, and what is to be done; at most one spawn. The counts of a
+        client that has to wait for a spawn are not settled, so it is alarmed again.
     """
     changed: dict[int, str] = {}
-    watches, known = dict(memory.watches), dict(memory.counts)
+    settled: set[int] = set()
+    watches = dict(memory.watches)
     for client, now_N in sorted(counts.items()):
-        before_N = known.get(client)
+        before_N = memory.counts.get(client)
         moved = 1.0 if before_N is None else distance(before_N, now_N)
         if moved <= settings.distance:
             watches[client] = LossWatch()
+            if client not in memory.told:  # a checkpoint of an earlier version
+                settled.add(client)
             continue
         changed[client] = (
             f"client {client}: loss {watches[client].statistic:.2f} nats above its mean, "
@@ -188,12 +207,14 @@ def respond(
     free = [item for item in range(siblings) if item not in memory.kinds]
     waiting: list[int] = []
     if lost and settings.spawn and free:
-        first = counts[lost[0]]
-        group = [c for c in lost if distance(first, counts[c]) <= settings.distance]
+        group = _group(lost, memory, counts, settings)
         waiting = [c for c in lost if c not in group]
-        why = "; ".join(changed[client] for client in group)
-        memory, change = _spawn(memory, free[0], group, counts, round, why)
-        changes.append(change)
+        if group:
+            why = "; ".join(changed[client] for client in group)
+            memory, change = _spawn(memory, free[0], group, counts, round, why)
+            rest = dict.fromkeys(group, REST * settings.patience)
+            memory = replace(memory, resting=memory.resting | rest)
+            changes.append(change)
     else:
         limit = "spawning is off" if not settings.spawn else "no sibling is left"
         for client in lost:
@@ -203,18 +224,31 @@ def respond(
                 f"{changed[client]}, {apart:.2f} from the nearest sibling's; {limit}"
             )
             changes.append(_change("none", near, None, [client], reason))
-    for client in changed:
-        if client not in waiting:
-            known[client] = counts[client]
-            watches[client] = LossWatch()
-    return replace(memory, counts=known, watches=watches), tuple(changes)
+    settled |= set(changed) - set(waiting)
+    answered = replace(
+        memory,
+        counts=memory.counts | {client: counts[client] for client in settled},
+        told=memory.told | dict.fromkeys(settled, round + 1),
+        watches=watches | dict.fromkeys(settled, LossWatch()),
+    )
+    return answered, tuple(changes)
 
 
 def retire(
-    memory: SiblingMemory, settings: DriftSettings
+    memory: SiblingMemory, heard: Container[int], settings: DriftSettings
 ) -> tuple[SiblingMemory, tuple[SiblingChange, ...]]:
-    """Count the rounds in which spawned siblings had no client; give up idle ones."""
-    needed = set(memory.members.values())
+    """Count the scorings in which spawned siblings had no client; give up idle ones.
+
+    Args:
+        memory: before.
+        heard: clients that have answered in this scoring; others need no sibling.
+        settings: patience.
+
+    Returns:
+        The memory after, and what was given up. Its clients are forgotten: the server
+        has no counts of theirs, and asks when they are back.
+    """
+    needed = {own for client, own in memory.members.items() if client in heard}
     idle = {
         sibling: 0 if sibling in needed else memory.idle.get(sibling, 0) + 1
         for sibling in memory.spawned
@@ -224,8 +258,14 @@ def retire(
         _change("retire", item, None, [], f"no client for {idle[item]} rounds")
         for item in gone
     )
+    left = {client for client, own in memory.members.items() if own in gone}
     kept = replace(
         memory,
+        counts={key: value for key, value in memory.counts.items() if key not in left},
+        told={key: value for key, value in memory.told.items() if key not in left},
+        members={
+            key: value for key, value in memory.members.items() if key not in left
+        },
         kinds={key: value for key, value in memory.kinds.items() if key not in gone},
         spawned={
             key: value for key, value in memory.spawned.items() if key not in gone
@@ -233,44 +273,6 @@ def retire(
         idle={key: value for key, value in idle.items() if key not in gone},
     )
     return kept, changes
-
-
-def apply_changes(
-    blocks: Mapping[int, Tensor],
-    memory: SiblingMemory,
-    changes: tuple[SiblingChange, ...],
-    *,
-    siblings: int,
-    experts: int,
-) -> dict[int, Tensor]:
-    """The server's blocks after changes; the layout is :mod:`samv2.models.adapters`'.
-
-    Args:
-        blocks: {id: flat float32}, differences from the bootstrapped model.
-        memory: after the changes.
-        changes: what was decided.
-        siblings: G.
-        experts: L E.
-
-    Returns:
-        New blocks: a spawned sibling's are its parent's rows, a retired one's zero, and
-        the gate knows the kinds that are there now.
-    """
-    after = dict(blocks)
-    for change in changes:
-        if change.kind not in ("spawn", "retire"):
-            continue
-        for expert in range(experts):
-            own = expert_block(expert, experts, change.sibling)
-            rows = len(after[own])
-            if change.parent is None:
-                after[own] = torch.zeros(rows)
-            else:
-                parent = after[expert_block(expert, experts, change.parent)]
-                after[own] = parent[:rows].clone()
-    if any(change.kind in ("spawn", "retire") for change in changes):
-        after[max(after)] = gate_for_kinds(memory.kinds, siblings)
-    return after
 
 
 def describe(change: SiblingChange) -> str:
@@ -297,6 +299,20 @@ def nearest_kind(memory: SiblingMemory, counts_N: Tensor) -> tuple[int, float]:
     far = {key: distance(counts_N, kind_N) for key, kind_N in memory.kinds.items()}
     near = min(far, key=lambda key: (far[key], key))
     return near, far[near]
+
+
+def _group(
+    lost: list[int],
+    memory: SiblingMemory,
+    counts: Mapping[int, Tensor],
+    settings: DriftSettings,
+) -> list[int]:
+    """Whom the next spawn is for: the first that may cause one, and clients like it."""
+    makers = [client for client in lost if client not in memory.resting]
+    if not makers:
+        return []
+    first = counts[makers[0]]
+    return [c for c in lost if distance(first, counts[c]) <= settings.distance]
 
 
 def _spawn(

@@ -23,10 +23,12 @@ def to_parts(memory: SiblingMemory) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     facts = {
         "clients": sorted(memory.counts),
+        "told": _text_keys(memory.told),
         "used": sorted(memory.kinds),
         "members": _text_keys(memory.members),
         "spawned": _text_keys(memory.spawned),
         "idle": _text_keys(memory.idle),
+        "resting": _text_keys(memory.resting),
         "watches": {str(c): asdict(watch) for c, watch in memory.watches.items()},
     }
     return tensors, facts
@@ -54,6 +56,9 @@ def from_parts(
         members=_number_keys(facts["members"]),
         spawned=_number_keys(facts["spawned"]),
         idle=_number_keys(facts["idle"]),
+        # Checkpoints of earlier versions have neither.
+        told=_number_keys(facts.get("told", {})),
+        resting=_number_keys(facts.get("resting", {})),
         watches={int(c): LossWatch(**w) for c, w in facts["watches"].items()},
     )
 

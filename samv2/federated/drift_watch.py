@@ -15,14 +15,15 @@ from samv2.common.settings import Settings
 from samv2.federated.ask_counts import ask_counts
 from samv2.federated.drift import (
     SiblingChange,
-    apply_changes,
     describe,
     observe,
     respond,
     retire,
 )
+from samv2.federated.drift_blocks import apply_changes
 from samv2.federated.questions import answer_seconds
 from samv2.federated.server_merge import ServerState
+from samv2.federated.server_optimizer import forget
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def watch_drift(
     if memory is None:
         return state, DriftReport()
     memory, alarmed = observe(memory, losses, moved, settings.drift)
-    memory, changes = retire(memory, settings.drift)
+    memory, changes = retire(memory, losses.keys() | moved.keys(), settings.drift)
     frames: dict[int, bytes] = {}
     if alarmed:
         counts, frames = ask_counts(
@@ -91,5 +92,11 @@ def watch_drift(
         siblings=siblings,
         experts=state.graph.order_LE.numel(),
     )
-    watched = replace(state, blocks=blocks, siblings=memory)
+    rewritten = {key for key in blocks if blocks[key] is not state.blocks[key]}
+    watched = replace(
+        state,
+        blocks=blocks,
+        siblings=memory,
+        moments=forget(state.moments, rewritten),
+    )
     return watched, DriftReport(changes=changes, frames=frames)

@@ -65,6 +65,8 @@ def request_to_record(request: RoundRequest) -> RecordDict:
     )
     if request.part is not None:
         config["part"] = request.part.to_json()
+    if request.told is not None:
+        config["told"] = request.told
     return RecordDict({"payload": ArrayRecord(arrays), "config": config})
 
 
@@ -82,6 +84,7 @@ def request_from_record(record: RecordDict) -> RoundRequest:
         parameters=_bytes(payload["parameters"], FRAME_STYPE),
         part=SubGraph.from_json(str(config["part"])) if "part" in config else None,
         temperature=float(config["temperature"]),
+        told=int(config["told"]) if "told" in config else None,
     )
 
 

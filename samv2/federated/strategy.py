@@ -435,6 +435,7 @@ class SamStrategy(Strategy):
     ) -> list[Message]:
         """Requests to all clients to score their held-out text."""
         frames: dict[SubGraph | None, bytes] = {}
+        memory = self.state.siblings
         messages = []
         for node, client in self.roster.clients.items():
             request = RoundRequest(
@@ -442,6 +443,7 @@ class SamStrategy(Strategy):
                 graph=self._full_graph(),
                 parameters=self._parameters(client, frames),
                 part=self.parts.part(client),
+                told=None if memory is None else memory.told.get(client, 0),
             )
             messages.append(
                 message_to(

@@ -45,6 +45,7 @@ from samv2.federated.graph_message import (
     unpack_graph,
     update_graph,
 )
+from samv2.federated.moments import Moments
 from samv2.federated.usage import unpack_usage
 from samv2.models.save import save_expert_model
 from samv2.updates.packing import pack, unpack
@@ -292,6 +293,31 @@ def test_what_a_text_left_over_waits_once_the_text_has_changed(
     kept = load_client_state(folder, before_round=3).residual
     assert old <= set(kept)
     assert all(float((kept[key] - 1).abs().max()) < 1e-5 for key in old)
+
+
+def test_what_a_client_kept_of_a_sibling_that_was_given_up_is_forgotten(
+    siblings_runtime: ClientRuntime,
+) -> None:
+    runtime = siblings_runtime
+    gate = max(runtime.base_blocks)
+    gone = {key: runtime.base_blocks[key] for key in sibling_ids(runtime, 1)}
+    residual, first, second = (
+        {key: torch.ones_like(block) for key, block in gone.items()} for _ in range(3)
+    )
+    folder = runtime.states / "client_0000"
+    moments = Moments(steps=9, first=first, second=second)
+    kept = ClientState(residual=residual, moments=moments)
+    save_client_state(folder, kept, round=1)
+    served = gate_for_kinds({0: count_tokens(torch.arange(512))}, 2)
+    change = {gate: served - runtime.base_blocks[gate]}
+    request = replace(
+        request_of(runtime, 2), parameters=pack(change, runtime.manifest, round=2)
+    )
+    reply = train_round(runtime, 0, request)
+    sent = unpack(reply.update, runtime.manifest, round=2)
+    assert sent and not sent.keys() & gone.keys()
+    residual = load_client_state(folder, before_round=3).residual
+    assert not residual.keys() & gone.keys()
 
 
 def test_an_evaluation_scores_domains_with_a_whole_window(

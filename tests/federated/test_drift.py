@@ -1,42 +1,26 @@
-"""Drift: the two tests, what is done about it, and a run whose client changes its text."""
+"""Drift: the two tests, and what is done about it."""
 
 from __future__ import annotations
 
 import json
-import random
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
-from samv2.common.errors import CheckpointError
 from samv2.common.settings import DriftSettings
-from samv2.common.telemetry import read_metrics
-from samv2.data.shard_types import (
-    ClientShard,
-    FederatedIndex,
-    FederatedText,
-    LaterText,
-)
-from samv2.data.shards import load_client, save_federated_text
-from samv2.experts.block_ids import expert_block, gate_block
 from samv2.experts.sibling_gate import (
     BUCKETS,
     NEVER,
     fit_sibling_gate,
     gate_for_kinds,
 )
-from samv2.federated.checkpoint import latest_checkpoint, load_checkpoint
-from samv2.federated.client_round import state_folder, tell_counts
-from samv2.federated.client_state import load_counts
 from samv2.federated.drift import (
+    REST,
     LossWatch,
-    SiblingChange,
     SiblingMemory,
-    apply_changes,
     begin,
-    describe,
     distance,
     nearest_kind,
     observe,
@@ -44,17 +28,7 @@ from samv2.federated.drift import (
     retire,
 )
 from samv2.federated.drift_state import from_parts, to_parts
-from samv2.federated.run_folder import RunFolder
-from samv2.federated.scores import MOVED, domain_names, told_distances
-from samv2.federated.server_app import run_embedded
-from samv2.federated.siblings import unpack_counts, used_siblings
-from tests.federated.runs import (
-    assert_same_bits,
-    checkpoint_tensors,
-    interrupt,
-    quiet,
-    small_settings,
-)
+from samv2.federated.scores import MOVED, told_distances
 
 SETTINGS = DriftSettings(detect=True, patience=2)
 
@@ -71,6 +45,38 @@ def memory_of(*kinds: int) -> SiblingMemory:
     """Client i has kind ``kinds[i]`` and sibling i."""
     members = {client: client for client in range(len(kinds))}
     return begin({c: text(kind) for c, kind in enumerate(kinds)}, members)
+
+
+def scored(
+    memory: SiblingMemory,
+    texts: Mapping[int, int],
+    *,
+    siblings: int,
+    round: int,
+    answer: bool = True,
+) -> tuple[SiblingMemory, list[tuple[str, int, tuple[int, ...]]], tuple[int, ...]]:
+    """One scoring, in which clients speak of their text alone and all losses are level.
+
+    Args:
+        memory: before.
+        texts: {client: kind of its text now} of those that answer.
+        siblings: G.
+        round: rounds completed.
+        answer: whether what alarmed clients tell reaches the server.
+
+    Returns:
+        The memory after, what was done, and who alarmed.
+    """
+    moved = {
+        c: distance(memory.counts[c], text(kind)) if c in memory.told else 1.0
+        for c, kind in texts.items()
+    }
+    memory, alarmed = observe(memory, dict.fromkeys(texts, 4.0), moved, SETTINGS)
+    memory, changes = retire(memory, texts, SETTINGS)
+    counts = {client: text(texts[client]) for client in alarmed if answer}
+    memory, found = respond(memory, counts, SETTINGS, siblings=siblings, round=round)
+    done = [(item.kind, item.sibling, item.clients) for item in changes + found]
+    return memory, done, alarmed
 
 
 def test_page_hinkley_alarms_at_a_rise_and_not_at_noise_or_a_fall() -> None:
@@ -146,10 +152,12 @@ def test_new_text_gets_one_sibling_a_round() -> None:
     assert changes[0].parent == nearest_kind(memory, text(5))[0]
     assert after.members == {0: 3, 1: 1, 2: 3} and after.spawned == {3: 4}
     assert torch.equal(after.counts[1], text(2)), "it waits, and is asked again"
+    assert after.told == {0: 5, 1: 1, 2: 5}
     again, changes = respond(after, {1: text(6)}, SETTINGS, siblings=5, round=5)
     assert [(c.kind, c.sibling) for c in changes] == [("spawn", 4)]
     none, changes = respond(again, {2: text(7)}, SETTINGS, siblings=5, round=6)
     assert changes[0].kind == "none" and "no sibling is left" in changes[0].reason
+    assert none.told[2] == 7, "nothing can be done, so it is not asked for ever"
     assert none.kinds.keys() == again.kinds.keys()
     off = DriftSettings(detect=True, spawn=False)
     _, changes = respond(memory, counts, off, siblings=5, round=4)
@@ -157,46 +165,92 @@ def test_new_text_gets_one_sibling_a_round() -> None:
     assert all("spawning is off" in c.reason for c in changes)
 
 
+def test_a_client_that_waits_for_its_sibling_alarms_until_it_is_served() -> None:
+    memory = memory_of(1, 2)
+    texts = {0: 5, 1: 6}
+    memory, done, alarmed = scored(memory, texts, siblings=4, round=3)
+    assert alarmed == (0, 1) and done == [("spawn", 2, (0,))]
+    memory, done, alarmed = scored(memory, texts, siblings=4, round=4)
+    assert alarmed == (1,) and done == [("spawn", 3, (1,))]
+    memory, done, alarmed = scored(memory, texts, siblings=4, round=5)
+    assert alarmed == () and memory.members == {0: 2, 1: 3}
+
+
+def test_a_lost_answer_settles_nothing() -> None:
+    memory, done, _ = scored(
+        memory_of(1, 2), {0: 5, 1: 2}, siblings=3, round=3, answer=False
+    )
+    assert done == [] and memory.told == {0: 1, 1: 1}
+    memory, done, alarmed = scored(memory, {0: 5, 1: 2}, siblings=3, round=4)
+    assert alarmed == (0,) and done == [("spawn", 2, (0,))]
+    assert memory.told == {0: 5, 1: 1}
+
+
+def test_a_client_that_was_never_told_of_is_asked() -> None:
+    """Its first answer was lost, or the checkpoint is of an earlier version."""
+    memory = begin({0: text(1)}, {0: 0})
+    memory, done, alarmed = scored(memory, {0: 1, 1: 1}, siblings=2, round=1)
+    assert alarmed == (1,) and done == [("reuse", 0, (1,))]
+    assert memory.told == {0: 1, 1: 2} and memory.members == {0: 0, 1: 0}
+    tensors, facts = to_parts(memory)
+    old = from_parts(tensors, {k: facts[k] for k in facts if k != "told"})
+    old, done, alarmed = scored(old, {0: 1, 1: 1}, siblings=2, round=4)
+    assert alarmed == (0, 1) and done == [] and old.told == {0: 5, 1: 5}
+
+
+def test_one_client_cannot_keep_all_siblings() -> None:
+    """Client 1 claims new text after every round; client 0 changes once, in round 6."""
+    memory, spawns = memory_of(1, 2), []
+    window, held = REST * SETTINGS.patience, []
+    for round in range(1, 2 * window + 1):
+        texts = {0: 1 if round < 6 else 60, 1: 9 + round}
+        memory, done, _ = scored(memory, texts, siblings=5, round=round)
+        spawns += [(round, who) for kind, _, who in done if kind == "spawn"]
+        held.append(len(memory.kinds) - 2 - (round >= 6))
+    assert spawns == [(1, (1,)), (6, (0,)), (1 + window, (1,))]
+    assert memory.members[0] in memory.spawned, "it keeps its own"
+    assert max(held) == 2 and held.count(2) == SETTINGS.patience
+
+
+def test_a_client_that_rests_may_share_the_sibling_of_another() -> None:
+    memory, _, _ = scored(memory_of(1, 2), {0: 5, 1: 2}, siblings=5, round=1)
+    memory, done, alarmed = scored(memory, {0: 6, 1: 2}, siblings=5, round=2)
+    assert alarmed == (0,) and done == [] and memory.told[0] == 2
+    memory, done, _ = scored(memory, {0: 6, 1: 6}, siblings=5, round=3)
+    assert done == [("spawn", 3, (0, 1))]
+
+
 def test_a_spawned_sibling_that_nobody_needs_is_retired() -> None:
     memory, _ = respond(memory_of(1, 2), {0: text(5)}, SETTINGS, siblings=3, round=4)
-    memory, changes = retire(memory, SETTINGS)
+    both = (0, 1)
+    memory, changes = retire(memory, both, SETTINGS)
     assert changes == () and memory.idle == {2: 0}
     memory, _ = respond(memory, {0: text(2)}, SETTINGS, siblings=3, round=5)
-    memory, changes = retire(memory, SETTINGS)
+    memory, changes = retire(memory, both, SETTINGS)
     assert changes == () and memory.idle == {2: 1}
-    memory, changes = retire(memory, SETTINGS)
+    memory, changes = retire(memory, both, SETTINGS)
     assert [(c.kind, c.sibling) for c in changes] == [("retire", 2)]
     assert memory.kinds.keys() == {0, 1} and memory.spawned == memory.idle == {}
+    assert memory.members == {0: 1, 1: 1} and memory.told.keys() == {0, 1}
     _, changes = respond(memory, {1: text(6)}, SETTINGS, siblings=3, round=9)
     assert changes[0].kind == "spawn" and changes[0].sibling == 2
 
 
-def test_blocks_follow_the_changes() -> None:
-    """Two experts and three siblings: blocks 0-1, the assembler's 2, 3-4, 5-6, gate 7."""
-    ids = [expert_block(e, 2, g) for g in range(3) for e in (0, 1)]
-    assert ids == [0, 1, 3, 4, 5, 6] and gate_block(2, 3) == 7
-    sizes = {0: 3, 1: 3, 2: 5, 3: 2, 4: 2, 5: 2, 6: 2, 7: 3 * BUCKETS + 3}
-    blocks = {key: torch.full((size,), float(key)) for key, size in sizes.items()}
-    blocks[0] = torch.tensor([1.0, 2.0, 9.0])
-    memory, changes = respond(
-        memory_of(1, 2), {0: text(5)}, SETTINGS, siblings=3, round=4
-    )
-    spawn = SiblingChange(kind="spawn", sibling=2, parent=0, clients=(0,), reason="")
-    after = apply_changes(blocks, memory, (spawn,), siblings=3, experts=2)
-    assert after[5].tolist() == [1, 2] and after[6].tolist() == [1, 1]
-    assert all(torch.equal(after[key], blocks[key]) for key in (0, 1, 2, 3, 4))
-    assert torch.equal(after[7], gate_for_kinds(memory.kinds, 3))
-    assert used_siblings(after[7], 3) == [0, 1, 2]
-    gone = SiblingChange(kind="retire", sibling=2, parent=None, clients=(), reason="")
-    kept = SiblingMemory(kinds={key: memory.kinds[key] for key in (0, 1)})
-    after = apply_changes(after, kept, (gone,), siblings=3, experts=2)
-    assert not after[5].any() and not after[6].any()
-    assert used_siblings(after[7], 3) == [0, 1]
-    reuse = SiblingChange(kind="reuse", sibling=1, parent=None, clients=(0,), reason="")
-    same = apply_changes(blocks, memory, (reuse,), siblings=3, experts=2)
-    assert all(torch.equal(same[key], blocks[key]) for key in blocks)
-    assert "sibling 2 spawned from" in describe(changes[0])
-    assert describe(gone) == "sibling 2 retired: "
+def test_a_sibling_whose_client_is_silent_is_retired_and_the_client_asked_later() -> (
+    None
+):
+    memory, _, _ = scored(memory_of(1, 2), {0: 1, 1: 5}, siblings=3, round=1)
+    assert memory.members[1] == 2
+    memory, done, _ = scored(memory, {0: 1}, siblings=3, round=2)
+    assert done == []
+    memory, done, _ = scored(memory, {0: 1, 1: 5}, siblings=3, round=3)
+    assert done == [] and memory.idle == {2: 0}, "it has spoken in time"
+    for round in (4, 5):
+        memory, done, _ = scored(memory, {0: 1}, siblings=3, round=round)
+    assert done == [("retire", 2, ())]
+    assert memory.members == {0: 0} and memory.counts.keys() == {0}
+    memory, done, alarmed = scored(memory, {0: 1, 1: 2}, siblings=3, round=6)
+    assert alarmed == (1,) and done == [("reuse", 1, (1,))]
 
 
 def test_a_gate_for_kinds_is_the_gate_that_was_fitted() -> None:
@@ -222,108 +276,14 @@ def test_the_memory_survives_as_tensors_and_facts() -> None:
         before, after = getattr(memory, name), getattr(back, name)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
-    for name in ("members", "spawned", "idle", "watches"):
+    for name in ("told", "members", "spawned", "idle", "resting", "watches"):
         assert getattr(back, name) == getattr(memory, name)
     assert from_parts(*to_parts(SiblingMemory())) == SiblingMemory()
     with pytest.raises(ValueError, match="counts_CN has 2 rows for 3"):
         from_parts(tensors, facts | {"clients": [0, 1, 2]})
 
 
-def test_a_client_remembers_what_it_told(tmp_path: Path, drifting_shards: Path) -> None:
-    folder = state_folder(tmp_path, 0)
-    assert load_counts(folder) is None
-    shard = load_client(drifting_shards, 0)
-    told = unpack_counts(tell_counts(tmp_path, 0, shard))
-    kept = load_counts(folder)
-    assert kept is not None and distance(kept, told) < 0.01
-    later = unpack_counts(tell_counts(tmp_path, 0, shard.at(3)))
-    assert distance(kept, later) > 0.9
-    (folder / "counts.safetensors").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="damaged.*remove the file"):
-        load_counts(folder)
-
-
 def test_what_nodes_say_of_their_text_is_not_believed_blindly() -> None:
     said = {1: 0.5, 2: 7.0, 3: float("nan"), 4: 1, 5: "far", 9: 0.2}
     reported = {node: {MOVED: value} for node, value in said.items()} | {6: {}}
     assert told_distances(reported, range(1, 7)) == {1: 0.5}
-
-
-@pytest.fixture(scope="module")
-def drifting_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one client, whose text changes in round 3."""
-    later = LaterText(train=torch.arange(1000, 2000), heldout={})
-    shard = ClientShard(
-        index=0,
-        train=torch.arange(1000),
-        heldout={},
-        category_counts={},
-        description="",
-        tokenizer_fingerprint="",
-        later={3: later},
-    )
-    index = FederatedIndex(
-        domains=(),
-        split="domain",
-        seed=0,
-        category_counts=({},),
-        train_tokens=(1000,),
-        category_heterogeneity=0.0,
-        token_heterogeneity=0.0,
-        tokenizer_fingerprint="",
-        corpus_sha256={},
-    )
-    folder = tmp_path_factory.mktemp("shards")
-    text = FederatedText(clients=(shard,), calibration={}, index=index)
-    save_federated_text(text, folder)
-    return folder
-
-
-DRIFTING = (
-    "adapter.siblings=3",
-    "assembler.width=0",
-    "train.train_gate=false",
-    "train.learning_rate=0.02",
-    "edits.rho_max=0",
-    "federation.rounds=5",
-    "drift.detect=true",
-    "drift.threshold=0.2",
-)
-
-
-def test_a_client_that_changes_its_text_gets_a_sibling_and_a_resumed_run_its_bits(
-    tiny_llama_folder: Path, tmp_path: Path
-) -> None:
-    strange = tmp_path / "strange.txt"
-    letters = random.Random(0).choices("QXZJKVW 0123456789\n", k=200_000)
-    strange.write_text("".join(letters))
-    drift = f"data.drift=3:0=strange={strange}"
-    settings = small_settings(tiny_llama_folder, *DRIFTING, drift)
-    assert domain_names(settings) == {"python", "pydoc", "strange"}
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    run_embedded(settings, whole, console=quiet())
-    rows = read_metrics(whole)
-    assert "strange" not in rows[0]["perplexity"]
-    assert "strange" in rows[1]["perplexity"]
-    spawns = [
-        (number, change)
-        for number in range(1, 6)
-        for change in json.loads((whole / f"merge_round{number}.json").read_text())[
-            "siblings"
-        ]
-        if change["kind"] == "spawn"
-    ]
-    assert len(spawns) == 1
-    number, change = spawns[0]
-    assert 2 <= number <= 4 and change["clients"] == [0] and change["sibling"] == 2
-    members = json.loads((whole / "siblings.json").read_text())["clients"]
-    assert members == {"0": 2, "1": 1}
-
-    interrupt(settings, parted, in_round=4)
-    run_embedded(settings, parted, resume=True, console=quiet())
-    assert_same_bits(checkpoint_tensors(whole, 5), checkpoint_tensors(parted, 5))
-    path = latest_checkpoint(RunFolder(root=parted).checkpoints)
-    assert path is not None
-    fingerprint = json.loads((path / "state.json").read_text())["model_fingerprint"]
-    state, _ = load_checkpoint(path, model_fingerprint=fingerprint)
-    assert state.siblings is not None and state.siblings.members == {0: 2, 1: 1}
