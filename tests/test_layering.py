@@ -42,6 +42,7 @@ FLWR_FILES = {
         "server_app",
         "grid",
         "questions",
+        "requests",
         "ask_counts",
         "drift_watch",
         "lora_strategy",

@@ -26,7 +26,6 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from samv2.common.errors import FederationError
 from samv2.common.settings import Settings
-from samv2.experts.sub_graph import SubGraph
 from samv2.federated.ask_counts import ask_counts
 from samv2.federated.client_round import RoundRequest
 from samv2.federated.client_rows import tell_replies
@@ -38,17 +37,11 @@ from samv2.federated.exchange import (
     reported_scores,
     sort_replies,
 )
-from samv2.federated.graph_message import GraphMessage, edits_to_json, pack_graph
-from samv2.federated.grid import (
-    message_to,
-    reply_from_record,
-    request_from_record,
-    request_to_record,
-)
+from samv2.federated.grid import reply_from_record
 from samv2.federated.parts import Parts, plan_parts
 from samv2.federated.questions import answer_seconds
 from samv2.federated.refusals import TooFewReplies
-from samv2.federated.rehearsal import ATTEMPT
+from samv2.federated.requests import Requests, request_bytes, to_message
 from samv2.federated.roster import Roster, sample_nodes
 from samv2.federated.scores import (
     believed_scores,
@@ -62,7 +55,6 @@ from samv2.federated.server_merge import (
     MergeReport,
     ServerState,
     ValidReply,
-    broadcast_frame,
     server_merge,
 )
 from samv2.federated.siblings import fit_siblings
@@ -104,8 +96,8 @@ class _Round:
 
     nodes: dict[int, int] = field(default_factory=dict)
     """{node id: client} of the clients asked."""
-    requests: dict[int, Message] = field(default_factory=dict)
-    """By node, as sent last."""
+    requests: dict[int, RoundRequest] = field(default_factory=dict)
+    """By node, as sent first."""
     attempts: dict[int, int] = field(default_factory=dict)
     """How often each node was asked again."""
     bytes_down: int = 0
@@ -159,8 +151,7 @@ class SamStrategy(Strategy):
         self.roster = Roster(
             settings.federation.clients, settings.federation.quarantine
         )
-        self._known_version: dict[int, int] = {}
-        self._recalled: dict[int, int] = {}
+        self._requests = Requests(settings, manifest)
         self._exchange = Exchange()
         self._spool = spool or Spool(None)
         self._current = _Round()
@@ -261,7 +252,6 @@ class SamStrategy(Strategy):
     def _train(self, grid: Grid, current: int, timeout: float) -> Iterator[Message]:
         """Replies as they come; a client that fails is asked again while time allows."""
         messages = self.configure_train(current, ArrayRecord(), ConfigRecord(), grid)
-        self._current.requests = {m.metadata.dst_node_id: m for m in messages}
 
         def again(reply: Message) -> Message | None:
             return self._repeated(grid, current, reply)
@@ -285,22 +275,17 @@ class SamStrategy(Strategy):
         why = error_refusal(client, reply).detail.splitlines()[0]
         log.info("round %d: client %d is asked again: %s", current, client, why)
         self._current.attempts[node] = attempt
-        self._known_version.pop(node, None)
-        sent = request_from_record(self._current.requests[node].content)
-        request = replace(sent, graph=self._graph_for(node))
-        content = request_to_record(request)
-        content[ATTEMPT] = ConfigRecord({"number": attempt})
+        sent = self._current.requests[node]
+        request = self._requests.repeated(sent, node, self.state)
         self._current.asked[client] += request_bytes(request)
-        return message_to(grid, node, content, MessageType.TRAIN, str(current))
+        return to_message(
+            grid, node, request, MessageType.TRAIN, current, attempt=attempt
+        )
 
     def enrol(self, grid: Grid) -> None:
         """Wait for the run's clients, see :meth:`Roster.enrol`."""
         self.roster.enrol(grid)
-        self._known_version = {
-            node: self._recalled[client]
-            for node, client in self.roster.clients.items()
-            if client in self._recalled
-        }
+        self._requests.meet(self.roster.clients)
 
     def plan(self) -> None:
         """Give each enrolled client its part, and leave out those that none fits.
@@ -326,16 +311,12 @@ class SamStrategy(Strategy):
 
         ``graph``: versions that clients hold, by client; the others are the roster's.
         """
-        known = {
-            str(client): self._known_version[node]
-            for node, client in self.roster.clients.items()
-            if node in self._known_version
-        }
+        known = self._requests.memory(self.roster.clients)
         return {"graph": known} | self.roster.memory()
 
     def recall(self, memory: Mapping[str, Mapping[str, Any]]) -> None:
         """Take up what an earlier start's :meth:`memory` was, before :meth:`start`."""
-        self._recalled = {int(k): v for k, v in memory.get("graph", {}).items()}
+        self._requests.recall(memory.get("graph", {}))
         self.roster.recall(memory)
 
     def fit_siblings(self, grid: Grid) -> None:
@@ -369,30 +350,19 @@ class SamStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Requests to the round's clients; the sample depends on seed and round."""
-        self._current = _Round(nodes=self._sample(server_round))
-        frames: dict[SubGraph | None, bytes] = {}
-        messages = []
-        for node, client in self._current.nodes.items():
-            request = RoundRequest(
-                round=server_round,
-                graph=self._graph_for(node),
-                parameters=self._parameters(client, frames),
-                part=self.parts.part(client),
-                temperature=self._temperature(server_round),
-            )
-            size = request_bytes(request)
-            self._current.bytes_down = max(self._current.bytes_down, size)
-            self._current.asked[client] = size
-            messages.append(
-                message_to(
-                    grid,
-                    node,
-                    request_to_record(request),
-                    MessageType.TRAIN,
-                    str(server_round),
-                )
-            )
-        return messages
+        nodes = self._sample(server_round)
+        requests = self._requests.training(self.state, self.parts, nodes, server_round)
+        sizes = {nodes[n]: request_bytes(request) for n, request in requests.items()}
+        self._current = _Round(
+            nodes=nodes,
+            requests=requests,
+            bytes_down=max(sizes.values(), default=0),
+            asked=sizes,
+        )
+        return [
+            to_message(grid, node, request, MessageType.TRAIN, server_round)
+            for node, request in requests.items()
+        ]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -410,15 +380,13 @@ class SamStrategy(Strategy):
         self._trained = time.perf_counter()
         tell_replies(self._tell, server_round, valid, refusals)
         self.roster.judge(server_round, refusals)
-        for node in nodes:
-            self._known_version.pop(node, None)
+        self._requests.note(nodes, None)
         needed = self.settings.federation.min_replies
         if len(valid) < needed:
             raise TooFewReplies(server_round, len(valid), needed, refusals)
         replied = {reply.contribution.client for reply in valid}
-        for node, client in nodes.items():
-            if client in replied:
-                self._known_version[node] = self.state.graph.version
+        knowing = [node for node, client in nodes.items() if client in replied]
+        self._requests.note(knowing, self.state.graph.version)
         self.state, self._merge = server_merge(
             self.state,
             valid,
@@ -434,35 +402,11 @@ class SamStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Requests to all clients to score their held-out text."""
-        frames: dict[SubGraph | None, bytes] = {}
-        memory = self.state.siblings
-        messages = []
-        for node, client in self.roster.clients.items():
-            request = RoundRequest(
-                round=self.state.round + 1,
-                graph=self._full_graph(),
-                parameters=self._parameters(client, frames),
-                part=self.parts.part(client),
-                told=None if memory is None else memory.told.get(client, 0),
-            )
-            messages.append(
-                message_to(
-                    grid,
-                    node,
-                    request_to_record(request),
-                    MessageType.EVALUATE,
-                    str(server_round),
-                )
-            )
-        return messages
-
-    def _parameters(self, client: int, frames: dict[SubGraph | None, bytes]) -> bytes:
-        """The frame for a client; ``frames`` has those that are made, by part."""
-        part = self.parts.part(client)
-        if part not in frames:
-            held = self.parts.held(client)
-            frames[part] = broadcast_frame(self.state, self.manifest, held)
-        return frames[part]
+        requests = self._requests.scoring(self.state, self.parts, self.roster.clients)
+        return [
+            to_message(grid, node, request, MessageType.EVALUATE, server_round)
+            for node, request in requests.items()
+        ]
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -505,26 +449,6 @@ class SamStrategy(Strategy):
             self.roster.clients, count, self.settings.seed, server_round
         )
 
-    def _graph_for(self, node: int) -> GraphMessage:
-        """Edits where the client is at most one version behind, else the full graph."""
-        version = self.state.graph.version
-        known = self._known_version.get(node)
-        if known is None or known < version - 1:
-            return self._full_graph()
-        edits = self.state.last_edits if known == version - 1 else ()
-        return GraphMessage(version=version, full=None, edits=edits)
-
-    def _full_graph(self) -> GraphMessage:
-        graph = self.state.graph
-        return GraphMessage(version=graph.version, full=pack_graph(graph), edits=())
-
-    def _temperature(self, server_round: int) -> float:
-        first = self.settings.assembler.temperature_start
-        last = self.settings.assembler.temperature_end
-        rounds = self.settings.federation.rounds
-        share = (server_round - 1) / (rounds - 1) if rounds > 1 else 0.0
-        return first + (last - first) * min(share, 1.0)
-
     def _checked(self, client: int, message: Message) -> ValidReply:
         """One reply, validated and spooled.
 
@@ -544,14 +468,3 @@ class SamStrategy(Strategy):
             sent = self.gate_bytes.get(client, 0)
             checked = replace(checked, bytes_up=checked.bytes_up + sent)
         return self._spool.keep(checked)
-
-
-def request_bytes(request: RoundRequest) -> int:
-    """Payload bytes of a request: parameters, graph or edits, three numbers."""
-    graph = request.graph
-    return (
-        len(request.parameters)
-        + len(graph.full or b"")
-        + len(edits_to_json(graph.edits))
-        + 3 * 8
-    )
