@@ -44,7 +44,7 @@ from samv2.federated.round_logs import RoundLogs, read_rounds
 from samv2.federated.round_table import RoundTable
 from samv2.federated.run_config import settings_from_run_config
 from samv2.federated.run_folder import RunFolder, open_run, run_model
-from samv2.federated.run_lock import sole_server
+from samv2.federated.run_lock import sole_run, sole_server
 from samv2.federated.run_logs import (
     build_summary,
     fedit_bytes,
@@ -87,7 +87,13 @@ def run_embedded(
     Raises:
         SamError: with everything up to the last completed round on disk.
     """
-    run = open_run(root, settings, resume=resume, overwrite=overwrite)
+    with sole_run(root, settings, resume=resume, overwrite=overwrite) as run:
+        return _run_embedded(run, settings, console)
+
+
+def _run_embedded(
+    run: RunFolder, settings: Settings, console: Console
+) -> dict[str, Any]:
     for states in run.states.glob("client_*"):
         sweep(states)
     with event_log(run.root):
