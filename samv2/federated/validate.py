@@ -44,7 +44,8 @@ def validate_reply(
         client: index of the client it came from, by the server's own records.
         state: the server's state before the merge.
         manifest: of the blocks.
-        settings: limits; the example count is capped at ``federation.max_examples``.
+        settings: limits; an update weighs as much as its examples, at most as many as a
+            round's windows and ``federation.max_examples``.
         visits: most visits a token makes in each converted layer; None: K everywhere.
         held: ids of the blocks that the client holds; None: all.
 
@@ -64,8 +65,8 @@ def validate_reply(
             "budget", f"the update has {len(reply.update)} bytes, allowed are {budget}"
         )
     _check_number("examples", reply.examples, 1, None)
-    limit = settings.train.local_steps * settings.train.batch_size
-    limit *= settings.train.sequence_length
+    windows = settings.train.local_steps * settings.train.batch_size
+    limit = windows * settings.train.sequence_length
     _check_number("tokens", reply.tokens, 1, limit)
     if not 0 <= reply.train_loss <= LARGEST_LOSS:
         raise FrameError(
@@ -116,7 +117,9 @@ def validate_reply(
         contribution=Contribution(
             client=client,
             data=reply.update,
-            weight=float(min(reply.examples, settings.federation.max_examples)),
+            weight=float(
+                min(reply.examples, windows, settings.federation.max_examples)
+            ),
             expert_ids=tuple(update),
         ),
         usage=reply.usage,

@@ -56,9 +56,21 @@ def test_a_valid_reply_passes_with_what_the_server_knows() -> None:
     assert valid.usage == reply.usage and valid.contribution.read() == reply.update
 
 
-def test_the_claimed_examples_are_capped() -> None:
-    valid = check(toy_reply(examples=2**62), "federation.max_examples=10")
-    assert valid.contribution.weight == 10.0
+@pytest.mark.parametrize(
+    ("examples", "cap", "weight"),
+    [
+        (2**62, 1_000_000, 8.0),
+        (9, 1_000_000, 8.0),
+        (2**62, 5, 5.0),
+        (6, 1_000_000, 6.0),
+    ],
+)
+def test_examples_weigh_no_more_than_a_round_can_hold(
+    examples: int, cap: int, weight: float
+) -> None:
+    """Four steps of two windows; training that ended early has fewer."""
+    valid = check(toy_reply(examples=examples), f"federation.max_examples={cap}")
+    assert valid.contribution.weight == weight
 
 
 FOREIGN = Manifest.of({key: torch.zeros(5) for key in range(9)})
