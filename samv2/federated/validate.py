@@ -98,8 +98,11 @@ def validate_reply(
     if held is not None:
         _check_walked(counts, state.graph, held)
     update = unpack(reply.update, manifest, round=current)
-    if not update:
-        raise FrameError("empty_update", "the update carries no expert")
+    largest = {key: float(block.abs().max()) for key, block in update.items()}
+    # A small change may round to zeros in its codec; such a block counts as not sent.
+    changed = tuple(key for key, value in largest.items() if value > 0)
+    if not changed:
+        raise FrameError("empty_update", "the update changes no expert")
     strange = [key for key in update if held is not None and key not in held]
     if strange:
         raise FrameError(
@@ -107,11 +110,11 @@ def validate_reply(
         )
     if settings.adapter.siblings > 1 and max(manifest.ids) in update:
         raise FrameError("fixed_block", "the update changes the gate, which is fixed")
-    largest = max(float(block.abs().max()) for block in update.values())
-    if largest > LARGEST_VALUE:
+    most = max(largest.values())
+    if most > LARGEST_VALUE:
         raise FrameError(
             "update_range",
-            f"the update holds a value of {largest:g}; allowed are {LARGEST_VALUE:g}",
+            f"the update holds a value of {most:g}; allowed are {LARGEST_VALUE:g}",
         )
     return ValidReply(
         contribution=Contribution(
@@ -120,7 +123,7 @@ def validate_reply(
             weight=float(
                 min(reply.examples, windows, settings.federation.max_examples)
             ),
-            expert_ids=tuple(update),
+            expert_ids=changed,
         ),
         usage=reply.usage,
         edge_visits=int(counts.usage_LEE.sum()),
