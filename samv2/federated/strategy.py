@@ -473,12 +473,12 @@ class SamStrategy(Strategy):
         reported = reported_scores(server_round, replies)
         believed = believed_scores(
             reported,
-            nodes=set(self._clients),
+            clients=self._clients,
             domains=domain_names(self.settings),
             most_tokens=federation.eval_windows * (length - 1),
         )
         self._scores = sum_scores(believed)
-        self._losses = {self._clients[n]: mean_loss(own) for n, own in believed.items()}
+        self._losses = {client: mean_loss(own) for client, own in believed.items()}
         moved = told_distances(reported, self._clients)
         self._moved = {self._clients[node]: far for node, far in moved.items()}
         return MetricRecord(

@@ -21,8 +21,9 @@ from samv2.updates.packing import Manifest, unpack
 
 LARGEST_VALUE = 1e4
 """Largest absolute change of a parameter in one round that is believed."""
-LARGEST_LOSS = 1e4
-"""Largest mean loss, in nats, that is believed."""
+LARGEST_LOSS = 50.0
+"""Largest mean loss, in nats a token, that is believed. To guess evenly among 256,000
+tokens costs 12.5, so a model at 50 is broken; and exp(50) is still a number."""
 LARGEST_SECONDS = 1e6
 """Longest training of a round that is believed."""
 
@@ -71,7 +72,8 @@ def validate_reply(
     if not 0 <= reply.train_loss <= LARGEST_LOSS:
         raise FrameError(
             "train_loss",
-            f"the training loss is {reply.train_loss}, it must be in 0..{LARGEST_LOSS:g}",
+            f"the training loss is {reply.train_loss}, it must be in 0..{LARGEST_LOSS:g}; "
+            "training that diverges needs a lower train.learning_rate",
         )
     if not 0 <= reply.seconds <= LARGEST_SECONDS:
         raise FrameError(
