@@ -18,7 +18,7 @@ from samv2.federated.run_folder import RunFolder, check_flags, open_run
 
 LOCK = "server.lock"
 WAIT_SECONDS = 60.0
-"""A server whose SuperLink was killed may live on for a while."""
+"""A server whose SuperLink was killed, or a grid's worker, may live on for a while."""
 
 
 @contextmanager
@@ -53,17 +53,17 @@ def sole_server(root: Path, *, wait: float = WAIT_SECONDS) -> Iterator[None]:
 
 @contextmanager
 def sole_run(
-    root: Path, settings: Settings, *, resume: bool, overwrite: bool
+    root: Path, settings: Settings, *, resume: bool, overwrite: bool, wait: float = 0.0
 ) -> Iterator[RunFolder]:
-    """Hold a run directory, opened, as its only server; nobody is waited for.
+    """Hold a run directory, opened, as its only server.
 
     Nothing in the directory is touched before it is held. Arguments are those of
-    :func:`open_run`.
+    :func:`open_run`, and ``wait`` of :func:`sole_server`.
 
     Raises:
         CheckpointError: another process holds the directory, or :func:`open_run`
             refuses it.
     """
     check_flags(root, resume=resume, overwrite=overwrite)
-    with sole_server(Path(root), wait=0.0):
+    with sole_server(Path(root), wait=wait):
         yield open_run(root, settings, resume=resume, overwrite=overwrite)

@@ -70,6 +70,7 @@ def run_embedded(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    wait: float = 0.0,
     console: Console,
 ) -> dict[str, Any]:
     """Run a federation in this process (and its workers) from start to summary.
@@ -79,6 +80,7 @@ def run_embedded(
         root: the run directory.
         resume: continue what is there.
         overwrite: replace what is there.
+        wait: seconds that another server in the directory is waited for.
         console: where progress is shown.
 
     Returns:
@@ -87,7 +89,7 @@ def run_embedded(
     Raises:
         SamError: with everything up to the last completed round on disk.
     """
-    with sole_run(root, settings, resume=resume, overwrite=overwrite) as run:
+    with sole_run(root, settings, resume=resume, overwrite=overwrite, wait=wait) as run:
         return _run_embedded(run, settings, console)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from samv2.common.errors import CheckpointError
+from samv2.common.errors import CheckpointError, ModelError
 from samv2.federated.lora_run import run_lora
 from samv2.federated.run_folder import open_run
 from samv2.federated.run_lock import LOCK, sole_server
@@ -91,6 +91,14 @@ def test_a_run_in_use_is_left_alone_at_once(
     assert str(tmp_path) in str(caught.value)
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert after == before
+
+
+def test_a_grids_run_waits_for_a_worker_that_is_ending(tmp_path: Path) -> None:
+    settings = small_settings("no-model")
+    with holder(tmp_path) as other:
+        threading.Timer(0.5, other.kill).start()
+        with pytest.raises(ModelError, match="no-model"):
+            run_embedded(settings, tmp_path, wait=30.0, console=quiet())
 
 
 def test_a_worker_does_not_keep_the_lock_of_a_killed_server(tmp_path: Path) -> None:
