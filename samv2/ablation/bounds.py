@@ -23,7 +23,7 @@ from samv2.ablation.multiply_adds import (
 from samv2.ablation.run_files import RunFiles
 from samv2.common.errors import SamError
 from samv2.models.save import read_expert_config
-from samv2.updates.packing import inspect
+from samv2.updates.frame_info import inspect, squared_norms
 
 OK = "ok"
 REPLY_NUMBERS_BYTES = 5 * 8
@@ -140,10 +140,11 @@ def sent_experts_are_few(files: RunFiles) -> Iterator[str]:
                 f"{number}, send_experts is {limit}"
             )
         told = files.merges[number]["clients"][str(client)]["experts_sent"]
-        if told != len(ids):
+        changed = sum(norm > 0 for norm in squared_norms(frame).values())
+        if told != changed:
             yield (
                 f"round {number} reports {told} blocks of client {client}, its frame "
-                f"has {len(ids)}"
+                f"changes {changed}"
             )
 
 

@@ -33,7 +33,8 @@ from samv2.data.shards import load_federated_text
 from samv2.federated.evaluation import dense_model
 from samv2.federated.heldout import heldout_windows, score_domains
 from samv2.federated.prepare import prepare
-from samv2.federated.run_folder import RunFolder, is_run, open_run
+from samv2.federated.run_folder import is_run
+from samv2.federated.run_lock import WAIT_SECONDS, sole_run
 from samv2.federated.run_logs import perplexities
 from samv2.federated.server_app import run_embedded
 from samv2.models.save import (
@@ -59,14 +60,12 @@ def convert(job: Mapping[str, Any], console: Console) -> None:
     """
     model = Path(job["model"])
     if job["settings"] is not None:
-        run = RunFolder(root=Path(job["root"]))
-        settings = settings_from_flat(job["settings"])
-        started = is_run(run.root)
-        prepared = prepare(
-            open_run(run.root, settings, resume=started, overwrite=False),
-            settings,
-            console,
-        )
+        root, settings = Path(job["root"]), settings_from_flat(job["settings"])
+        started = is_run(root)
+        with sole_run(
+            root, settings, resume=started, overwrite=False, wait=WAIT_SECONDS
+        ) as run:
+            prepared = prepare(run, settings, console)
         dense = Path(job["dense"])
         if not dense.is_file():
             write_json(dense, prepared.dense_perplexity)
@@ -88,7 +87,9 @@ def run(job: Mapping[str, Any], console: Console) -> None:
     """
     root, settings = Path(job["root"]), settings_from_flat(job["settings"])
     if not (root / "summary.json").is_file():
-        run_embedded(settings, root, resume=is_run(root), console=console)
+        run_embedded(
+            settings, root, resume=is_run(root), wait=WAIT_SECONDS, console=console
+        )
     path = Path(job["dense"])
     if not path.is_file():
         write_json(path, _dense_perplexity(settings, root, job["source"], console))

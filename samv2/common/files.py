@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,17 +22,17 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
     Everything in it is flushed to disk before the rename. On an error nothing changes.
     Replacing an existing folder takes two renames; power lost between them leaves the
-    old one as ``.NAME-xxxx/old`` beside it.
+    old one as ``.NAME-xxxx/old`` beside it. Permissions follow the umask.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    made = _beside(folder)
+    made.mkdir()
     try:
         yield made
         for path in made.rglob("*"):
             if path.is_file():
                 flush(path)
-        made.chmod(0o755)
         if folder.exists():
             _swap(made, folder)
         else:
@@ -44,7 +44,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def _swap(made: Path, folder: Path) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    aside = _beside(folder)
+    aside.mkdir()
     old = aside / "old"
     try:
         os.replace(folder, old)
@@ -57,24 +58,25 @@ def _swap(made: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_bytes(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+def write_bytes(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Replace a file by ``data``, flushed to disk before it takes the name.
 
-    ``mode`` is the file's permissions; nobody has more at any moment.
+    ``mode`` is the file's permissions, less what the umask takes away; nobody has more
+    at any moment.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    made = _beside(path)
+    handle = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, mode)
-        os.replace(name, path)
+        os.replace(made, path)
         flush(path.parent)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
         raise
 
 
@@ -104,6 +106,11 @@ def sweep(folder: Path, names: Callable[[str], bool] = lambda name: True) -> Non
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same folder, for :func:`sweep` to know, that is not taken."""
+    return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
 
 
 def flush(path: Path) -> None:

@@ -187,7 +187,8 @@ class FederationSettings:
     sibling_share: float = 0.0
     """What adapter siblings take of one another's updates; at 1 as much as of a mean."""
     max_examples: int = 1_000_000
-    """Cap on the example count a client may claim."""
+    """Cap on the examples that a client is weighed by; never more than a round's
+    ``train.local_steps * train.batch_size`` windows."""
     clip_update_norm: float = 0.0
     """L2 norm that a client's update is scaled down to; 0 means no clipping."""
     eval_windows: int = 8

@@ -36,9 +36,9 @@ from samv2.federated.prepare import prepare
 from samv2.federated.run_folder import (
     RunFolder,
     is_run,
-    open_run,
     stored_settings,
 )
+from samv2.federated.run_lock import sole_run
 from samv2.federated.run_logs import perplexities
 from samv2.federated.run_text import make_text, say_text
 from samv2.federated.server_app import run_embedded
@@ -151,7 +151,13 @@ def _share_text(
     run = RunFolder(root=root)
     if run.prepared.is_file() and not overwrite:
         return json.loads(run.prepared.read_text(encoding="utf-8"))
-    run = open_run(root, settings, resume=False, overwrite=overwrite)
+    with sole_run(root, settings, resume=False, overwrite=overwrite) as run:
+        return _make_shared(run, settings, console)
+
+
+def _make_shared(
+    run: RunFolder, settings: Settings, console: Console
+) -> dict[str, Any]:
     begin = time.perf_counter()
     loaded = load_llama(
         settings.model.path,
@@ -208,9 +214,9 @@ def _run_method(
             console=console,
         )
         return
-    run = open_run(folder, settings, resume=resume, overwrite=overwrite)
-    prepare(run, settings, console)
-    check_same_text(run.shards, shards)
+    with sole_run(folder, settings, resume=resume, overwrite=overwrite) as run:
+        prepare(run, settings, console)
+        check_same_text(run.shards, shards)
     run_embedded(settings, folder, resume=True, console=console)
 
 

@@ -36,7 +36,8 @@ from samv2.federated.lora_round import (
 )
 from samv2.federated.lora_strategy import LoraFedAvg, LoraRound, start_arrays
 from samv2.federated.round_table import RoundTable
-from samv2.federated.run_folder import RunFolder, open_run
+from samv2.federated.run_folder import RunFolder
+from samv2.federated.run_lock import sole_run
 from samv2.federated.run_logs import perplexities
 from samv2.federated.run_text import make_text, say_text
 from samv2.federated.workers import worker_count
@@ -93,13 +94,24 @@ def run_lora(
                 "all clients each round; set it to 0"
             ]
         )
-    run = open_run(root, settings, resume=resume, overwrite=overwrite)
-    prepared = _prepare(run, settings, chosen, text, console)
+    with sole_run(root, settings, resume=resume, overwrite=overwrite) as run:
+        return _run_method(run, settings, chosen, text, start, console)
+
+
+def _run_method(
+    run: RunFolder,
+    settings: Settings,
+    method: LoraMethod,
+    text: Path | None,
+    start: Mapping[str, float | None] | None,
+    console: Console,
+) -> dict[str, Any]:
+    prepared = _prepare(run, settings, method, text, console)
     place = LoraPlace(
         shards=(text or run.shards).resolve(),
         states=run.states.resolve(),
         settings=settings,
-        method=method,
+        method=method.name,
     )
     table = RoundTable(console, settings.federation.rounds)
     grid = EmbeddedGrid(
@@ -110,7 +122,7 @@ def run_lora(
         on_reply=table.working,
     )
     with grid:
-        return _federate(run, settings, chosen, prepared, place, start, grid, table)
+        return _federate(run, settings, method, prepared, place, start, grid, table)
 
 
 def _prepare(

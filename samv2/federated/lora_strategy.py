@@ -234,7 +234,7 @@ class LoraFedAvg(FedAvg):
         length = self.settings.train.sequence_length
         believed = believed_scores(
             reported_scores(server_round, replies),
-            nodes=set(self._clients),
+            clients=self._clients,
             domains={parse_domain(spec)[0] for spec in self.settings.data.domains},
             most_tokens=self.settings.federation.eval_windows * (length - 1),
         )

@@ -133,13 +133,7 @@ def open_run(
             not change.
     """
     run = RunFolder(root=Path(root))
-    if resume and overwrite:
-        raise CheckpointError("--resume and --overwrite exclude each other; give one")
-    if resume and not run.config.exists():
-        raise CheckpointError(
-            f"{run.root} holds no run to resume (no config.toml); check --log-dir, or "
-            "leave out --resume to start one"
-        )
+    check_flags(root, resume=resume, overwrite=overwrite)
     if run.config.exists():
         _refuse_foreign(run)
     used = run.config.exists() and _has_results(run)
@@ -156,6 +150,21 @@ def open_run(
     run.root.mkdir(parents=True, exist_ok=True)
     write_bytes(run.config, to_toml(settings).encode())
     return run
+
+
+def check_flags(root: Path, *, resume: bool, overwrite: bool) -> None:
+    """What can be told of flags before a directory is taken.
+
+    Raises:
+        CheckpointError: both are given, or there is nothing to resume.
+    """
+    if resume and overwrite:
+        raise CheckpointError("--resume and --overwrite exclude each other; give one")
+    if resume and not RunFolder(root=Path(root)).config.exists():
+        raise CheckpointError(
+            f"{root} holds no run to resume (no config.toml); check --log-dir, or "
+            "leave out --resume to start one"
+        )
 
 
 def refuse_baseline(run: RunFolder) -> None:

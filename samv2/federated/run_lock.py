@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from samv2.common.errors import CheckpointError
+from samv2.common.settings import Settings
+from samv2.federated.run_folder import RunFolder, check_flags, open_run
 
 LOCK = "server.lock"
 WAIT_SECONDS = 60.0
-"""A server whose SuperLink was killed may live on for a while."""
+"""A server whose SuperLink was killed, or a grid's worker, may live on for a while."""
 
 
 @contextmanager
@@ -40,9 +42,28 @@ def sole_server(root: Path, *, wait: float = WAIT_SECONDS) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise CheckpointError(
-                        f"{root} is in use by another server ({LOCK} is held); stop "
-                        "that run (`flwr ls`, `flwr stop RUN_ID`), or choose another "
-                        "run-dir"
+                        f"{root} is in use by another server ({LOCK} is held); wait "
+                        "until that run ends, stop it (in Flower: `flwr ls`, `flwr stop "
+                        "RUN_ID`), or choose another folder (--log-dir; in Flower "
+                        "run-dir)"
                     ) from None
             time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
         yield
+
+
+@contextmanager
+def sole_run(
+    root: Path, settings: Settings, *, resume: bool, overwrite: bool, wait: float = 0.0
+) -> Iterator[RunFolder]:
+    """Hold a run directory, opened, as its only server.
+
+    Nothing in the directory is touched before it is held. Arguments are those of
+    :func:`open_run`, and ``wait`` of :func:`sole_server`.
+
+    Raises:
+        CheckpointError: another process holds the directory, or :func:`open_run`
+            refuses it.
+    """
+    check_flags(root, resume=resume, overwrite=overwrite)
+    with sole_server(Path(root), wait=wait):
+        yield open_run(root, settings, resume=resume, overwrite=overwrite)

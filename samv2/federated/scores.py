@@ -22,10 +22,10 @@ def is_scored(settings: Settings, round: int) -> bool:
 
 
 def sum_scores(believed: Mapping[int, Mapping[str, Score]]) -> dict[str, Score]:
-    """Scores by domain, summed in node order so that the bits repeat.
+    """Scores by domain, summed in the clients' order so that the bits repeat.
 
     Args:
-        believed: {node: its scores by domain}, as :func:`believed_scores` has them.
+        believed: {client: its scores by domain}, as :func:`believed_scores` has them.
     """
     scores: dict[str, Score] = {}
     for _, own in sorted(believed.items()):
@@ -37,21 +37,24 @@ def sum_scores(believed: Mapping[int, Mapping[str, Score]]) -> dict[str, Score]:
 def believed_scores(
     reported: Mapping[int, Mapping[str, Any]],
     *,
-    nodes: Container[int],
+    clients: Mapping[int, int],
     domains: Container[str],
     most_tokens: int,
 ) -> dict[int, dict[str, Score]]:
-    """What each node has scored, by domain; what cannot be believed is left out.
+    """What each client has scored, by domain; what cannot be believed is left out.
 
     Args:
         reported: {node: untrusted numbers}, ``nll.DOMAIN`` and ``tokens.DOMAIN``.
-        nodes: nodes that were asked.
+        clients: {node: client} of the nodes that were asked.
         domains: names that may be scored.
         most_tokens: tokens of a domain that one client can have scored.
+
+    Returns:
+        {client: its scores by domain}.
     """
     scores: dict[int, dict[str, Score]] = {}
     for node, metrics in reported.items():
-        for key in sorted(metrics) if node in nodes else ():
+        for key in sorted(metrics) if node in clients else ():
             prefix, _, domain = key.partition(".")
             nll, tokens = metrics[key], metrics.get(f"tokens.{domain}")
             if (
@@ -60,7 +63,7 @@ def believed_scores(
                 and _plausible(nll, tokens, most_tokens)
             ):
                 found = Score(nll=float(nll), tokens=tokens)
-                scores.setdefault(node, {})[domain] = found
+                scores.setdefault(clients[node], {})[domain] = found
     return scores
 
 

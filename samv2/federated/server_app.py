@@ -44,7 +44,7 @@ from samv2.federated.round_logs import RoundLogs, read_rounds
 from samv2.federated.round_table import RoundTable
 from samv2.federated.run_config import settings_from_run_config
 from samv2.federated.run_folder import RunFolder, open_run, run_model
-from samv2.federated.run_lock import sole_server
+from samv2.federated.run_lock import sole_run, sole_server
 from samv2.federated.run_logs import (
     build_summary,
     fedit_bytes,
@@ -70,6 +70,7 @@ def run_embedded(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    wait: float = 0.0,
     console: Console,
 ) -> dict[str, Any]:
     """Run a federation in this process (and its workers) from start to summary.
@@ -79,6 +80,7 @@ def run_embedded(
         root: the run directory.
         resume: continue what is there.
         overwrite: replace what is there.
+        wait: seconds that another server in the directory is waited for.
         console: where progress is shown.
 
     Returns:
@@ -87,7 +89,13 @@ def run_embedded(
     Raises:
         SamError: with everything up to the last completed round on disk.
     """
-    run = open_run(root, settings, resume=resume, overwrite=overwrite)
+    with sole_run(root, settings, resume=resume, overwrite=overwrite, wait=wait) as run:
+        return _run_embedded(run, settings, console)
+
+
+def _run_embedded(
+    run: RunFolder, settings: Settings, console: Console
+) -> dict[str, Any]:
     for states in run.states.glob("client_*"):
         sweep(states)
     with event_log(run.root):

@@ -421,14 +421,12 @@ class SamStrategy(Strategy):
         reported = reported_scores(server_round, replies)
         believed = believed_scores(
             reported,
-            nodes=set(self.roster.clients),
+            clients=self.roster.clients,
             domains=domain_names(self.settings),
             most_tokens=federation.eval_windows * (length - 1),
         )
         self._scores = sum_scores(believed)
-        self._losses = {
-            self.roster.clients[n]: mean_loss(own) for n, own in believed.items()
-        }
+        self._losses = {client: mean_loss(own) for client, own in believed.items()}
         moved = told_distances(reported, self.roster.clients)
         self._moved = {self.roster.clients[node]: far for node, far in moved.items()}
         return MetricRecord(

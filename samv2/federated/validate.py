@@ -22,8 +22,9 @@ from samv2.updates.packing import Manifest, unpack
 
 LARGEST_VALUE = 1e4
 """Largest absolute change of a parameter in one round that is believed."""
-LARGEST_LOSS = 1e4
-"""Largest mean loss, in nats, that is believed."""
+LARGEST_LOSS = 50.0
+"""Largest mean loss, in nats a token, that is believed. To guess evenly among 256,000
+tokens costs 12.5, so a model at 50 is broken; and exp(50) is still a number."""
 LARGEST_SECONDS = 1e6
 """Longest training of a round that is believed."""
 
@@ -45,7 +46,8 @@ def validate_reply(
         client: index of the client it came from, by the server's own records.
         state: the server's state before the merge.
         manifest: of the blocks.
-        settings: limits; the example count is capped at ``federation.max_examples``.
+        settings: limits; an update weighs as much as its examples, at most as many as a
+            round's windows and ``federation.max_examples``.
         visits: most visits a token makes in each converted layer; None: K everywhere.
         held: ids of the blocks that the client holds; None: all.
 
@@ -65,13 +67,14 @@ def validate_reply(
             "budget", f"the update has {len(reply.update)} bytes, allowed are {budget}"
         )
     _check_number("examples", reply.examples, 1, None)
-    limit = settings.train.local_steps * settings.train.batch_size
-    limit *= settings.train.sequence_length
+    windows = settings.train.local_steps * settings.train.batch_size
+    limit = windows * settings.train.sequence_length
     _check_number("tokens", reply.tokens, 1, limit)
     if not 0 <= reply.train_loss <= LARGEST_LOSS:
         raise FrameError(
             "train_loss",
-            f"the training loss is {reply.train_loss}, it must be in 0..{LARGEST_LOSS:g}",
+            f"the training loss is {reply.train_loss}, it must be in 0..{LARGEST_LOSS:g}; "
+            "training that diverges needs a lower train.learning_rate",
         )
     if not 0 <= reply.seconds <= LARGEST_SECONDS:
         raise FrameError(
@@ -98,8 +101,11 @@ def validate_reply(
     if held is not None:
         _check_walked(counts, state.graph, held)
     update = unpack(reply.update, manifest, round=current)
-    if not update:
-        raise FrameError("empty_update", "the update carries no expert")
+    largest = {key: float(block.abs().max()) for key, block in update.items()}
+    # A small change may round to zeros in its codec; such a block counts as not sent.
+    changed = tuple(key for key, value in largest.items() if value > 0)
+    if not changed:
+        raise FrameError("empty_update", "the update changes no expert")
     strange = [key for key in update if held is not None and key not in held]
     if strange:
         raise FrameError(
@@ -107,18 +113,20 @@ def validate_reply(
         )
     if settings.adapter.siblings > 1:
         _check_siblings(update, state, settings.adapter.siblings)
-    largest = max(float(block.abs().max()) for block in update.values())
-    if largest > LARGEST_VALUE:
+    most = max(largest.values())
+    if most > LARGEST_VALUE:
         raise FrameError(
             "update_range",
-            f"the update holds a value of {largest:g}; allowed are {LARGEST_VALUE:g}",
+            f"the update holds a value of {most:g}; allowed are {LARGEST_VALUE:g}",
         )
     return ValidReply(
         contribution=Contribution(
             client=client,
             data=reply.update,
-            weight=float(min(reply.examples, settings.federation.max_examples)),
-            expert_ids=tuple(update),
+            weight=float(
+                min(reply.examples, windows, settings.federation.max_examples)
+            ),
+            expert_ids=changed,
         ),
         usage=reply.usage,
         edge_visits=int(counts.usage_LEE.sum()),

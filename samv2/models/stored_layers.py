@@ -34,7 +34,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         made,
         metadata={"format": "pt"},
     )
-    made.chmod(0o644)
+    made.chmod(made.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner
     flush(made)
     made.replace(path)
 

@@ -39,7 +39,7 @@ class Contribution:
     weight: float
     """n_i, the (capped) number of examples; positive."""
     expert_ids: tuple[int, ...]
-    """Ids that the frame carries."""
+    """Ids of the blocks that the frame changes; others that it carries are zero."""
 
     def read(self) -> bytes:
         """The packed update."""
@@ -95,7 +95,7 @@ def aggregate(
         mean = _weighted_means(ordered, shares, manifest, round, normalise)
     else:
         mean = robust_means(
-            [(item.data, item.expert_ids, item.weight) for item in ordered],
+            [(item.data, item.expert_ids) for item in ordered],
             shares,
             manifest,
             round=round,
@@ -144,6 +144,7 @@ def weighted_sums(
             manifest,
             sums,
             round=round,
+            only=ids,
         )
     return sums
 

@@ -154,6 +154,23 @@ def verify(frame: Frame) -> None:
     )
 
 
+def squared_norms(frame: Frame) -> dict[int, float]:
+    """{id: sum of squares of a tensor's values}, as :func:`verify` reads them.
+
+    Raises:
+        FrameError: a receiver would refuse the frame whatever its manifest.
+    """
+    data = immutable(frame)
+    info = inspect(data)
+    return _rle.squared_norms(
+        data,
+        [(t.id, DTYPE_CODES[t.dtype], t.numel) for t in info.tensors],
+        fingerprint=info.fingerprint,
+        round=info.round,
+        allow_nonfinite=False,
+    )
+
+
 def immutable(frame: Frame) -> bytes:
     """The frame as bytes that no other thread can change."""
     return frame if isinstance(frame, bytes) else bytes(frame)

@@ -6,10 +6,10 @@ and the smallest values and takes the mean of the rest, ``median`` the middle. A
 no more of an expert's senders are hostile than are cut off at one end (under ``median``:
 fewer than half are), every coordinate of the result lies between two honest values.
 
-An expert with fewer senders than the quorum has nothing to trim: it gets the weighted
-mean of its updates, each first scaled down to the median of their norms (the lower of
-two). A lone sender's update is then taken as it is. Nothing is filled with zeros, or
-experts that few clients use would never learn.
+An expert with fewer senders than the quorum has nothing to trim: it gets the mean of its
+updates, each first scaled down to the median of their norms (the lower of two). A lone
+sender's update is then taken as it is. Nothing is filled with zeros, or experts that few
+clients use would never learn.
 
 Frames are read again for every part of the model that fits :data:`STACK_BYTES`.
 Shapes: N clients that sent an expert, W of its numbers.
@@ -47,7 +47,7 @@ class _Slice:
 
 
 def robust_means(
-    updates: Sequence[tuple[Stored, tuple[int, ...], float]],
+    updates: Sequence[tuple[Stored, tuple[int, ...]]],
     shares: Sequence[float],
     manifest: Manifest,
     *,
@@ -57,7 +57,7 @@ def robust_means(
     """The centre of every expert's updates.
 
     Args:
-        updates: (frame, the ids it carries, weight) by rising client; validated.
+        updates: (frame, the ids it changes) by rising client; validated.
         shares: what each update is scaled by first.
         manifest: the server's.
         round: the round the frames belong to.
@@ -71,7 +71,7 @@ def robust_means(
         OSError: a frame's file cannot be read.
     """
     senders: dict[int, list[int]] = {}
-    for index, (_, expert_ids, _) in enumerate(updates):
+    for index, (_, expert_ids) in enumerate(updates):
         for expert_id in expert_ids:
             senders.setdefault(expert_id, []).append(index)
     means = {
@@ -80,8 +80,7 @@ def robust_means(
     }
     for part in _parts(senders, manifest, rules.quorum):
         for piece, stack_NW in _stacks(part, updates, shares, manifest, round).items():
-            weights = [updates[index][2] for index in senders[piece.expert_id]]
-            centre_W = _centre(stack_NW, weights, rules)
+            centre_W = _centre(stack_NW, rules)
             flat = means[piece.expert_id].view(-1)
             flat[piece.start : piece.stop] = torch.from_numpy(centre_W)
     return means
@@ -105,21 +104,23 @@ def coordinate_median(stack_NW: Array) -> Array:
     return _mean_of_middle(stack_NW, len(stack_NW))
 
 
-def clipped_mean(stack_NW: Array, weights: Sequence[float]) -> Array:
-    """The weighted mean of rows, each scaled down to the rows' (lower) median norm."""
+def clipped_mean(stack_NW: Array) -> Array:
+    """The mean of rows, each scaled down to the rows' median norm.
+
+    Of two the lower; rows of zeros are left out of the median, not of the mean.
+    """
     norms = [float(np.linalg.norm(row.astype(np.float64))) for row in stack_NW]
-    limit = sorted(norms)[(len(norms) - 1) // 2]
+    moved = sorted(norm for norm in norms if norm > 0)
+    limit = moved[(len(moved) - 1) // 2] if moved else 0.0
     total_W = np.zeros(stack_NW.shape[1])
-    for row_W, norm, weight in zip(stack_NW, norms, weights, strict=True):
-        total_W += weight * (min(1.0, limit / norm) if norm > 0 else 1.0) * row_W
-    return (total_W / sum(weights)).astype(np.float32)
+    for row_W, norm in zip(stack_NW, norms, strict=True):
+        total_W += (min(1.0, limit / norm) if norm > 0 else 1.0) * row_W
+    return (total_W / len(stack_NW)).astype(np.float32)
 
 
-def _centre(
-    stack_NW: Array, weights: Sequence[float], rules: AggregationSettings
-) -> Array:
+def _centre(stack_NW: Array, rules: AggregationSettings) -> Array:
     if len(stack_NW) < rules.quorum:
-        return clipped_mean(stack_NW, weights)
+        return clipped_mean(stack_NW)
     if rules.rule == "median":
         return coordinate_median(stack_NW)
     return trimmed_mean(stack_NW, rules.trim)
@@ -156,7 +157,7 @@ def _parts(
 
 def _stacks(
     part: Sequence[_Slice],
-    updates: Sequence[tuple[Stored, tuple[int, ...], float]],
+    updates: Sequence[tuple[Stored, tuple[int, ...]]],
     shares: Sequence[float],
     manifest: Manifest,
     round: int,
@@ -174,7 +175,7 @@ def _stacks(
     scratch = {key: torch.zeros(manifest.shapes[manifest.position(key)]) for key in ids}
     filled: Counter[int] = Counter()
     for index in senders:
-        frame, expert_ids, _ = updates[index]
+        frame, expert_ids = updates[index]
         values = {key: scratch[key].zero_() for key in ids.intersection(expert_ids)}
         accumulate(
             read_frame(frame),

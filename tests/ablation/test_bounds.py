@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from samv2.ablation.bounds import CHECKS, OK, check_bounds
@@ -22,6 +23,7 @@ from samv2.ablation.run_files import RunFiles
 from samv2.federated.server_app import run_embedded
 from samv2.models.quantised_blocks import quantise_model
 from samv2.models.save import load_expert_model, save_expert_model
+from samv2.updates.packing import Manifest, inspect, pack, unpack
 from tests.federated.runs import quiet, small_settings
 
 
@@ -120,6 +122,22 @@ def test_more_experts_than_allowed_are_found(doctored: Path) -> None:
     edit_config(doctored, "send_experts = 0", "send_experts = 2")
     found = broken(doctored, "check_sent_experts")
     assert "experts of layer 0 in round 1, send_experts is 2" in found
+
+
+def test_a_block_that_rounded_to_zeros_is_not_reported(doctored: Path) -> None:
+    path = doctored / "frames" / "round_0001_client_0000.bin"
+    info = inspect(path.read_bytes())
+    manifest = Manifest.of(
+        load_expert_model(RunFiles(root=doctored).model)[0].read_blocks()
+    )
+    update = unpack(path.read_bytes(), manifest, round=1)
+    first = min(update)
+    update[first] = torch.full_like(update[first], 1e-9)
+    path.write_bytes(pack(update, manifest, round=1, codec="f16"))
+    assert len(inspect(path.read_bytes()).tensors) == len(info.tensors)
+    found = check_bounds(doctored)["check_sent_experts"]
+    assert f"reports {len(update)} blocks of client 0" in found
+    assert f"its frame changes {len(update) - 1}" in found
 
 
 def test_a_run_that_sends_few_experts_keeps_the_bound(

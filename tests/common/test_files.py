@@ -104,7 +104,7 @@ def test_a_file_is_made_and_replaced(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("name", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("name", ["open", "fsync", "replace"])
 def test_a_failure_while_writing_a_file_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -120,6 +120,20 @@ def test_a_failure_while_writing_a_file_keeps_the_old_one(
             write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("umask, bits", [(0o077, 0o700), (0o027, 0o750), (0, 0o777)])
+def test_permissions_follow_the_umask(tmp_path: Path, umask: int, bits: int) -> None:
+    before = os.umask(umask)
+    try:
+        for _ in range(2):
+            fill(tmp_path / "model", "x")
+            write_bytes(tmp_path / "file", b"x")
+            write_bytes(tmp_path / "secret", b"x", mode=0o600)
+    finally:
+        os.umask(before)
+    found = {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()}
+    assert found == {"model": bits, "file": bits & 0o666, "secret": 0o600}
 
 
 def test_json_round_trips(tmp_path: Path) -> None:

@@ -191,6 +191,30 @@ def test_huge_example_counts_are_capped(tmp_path: Path) -> None:
     assert_same_bits(few.tensors(), many.tensors())
 
 
+def test_a_claim_of_many_examples_weighs_as_much_as_a_round_holds(
+    tmp_path: Path,
+) -> None:
+    most, many = Federation(tmp_path / "a"), Federation(tmp_path / "b")
+    train = most.settings.train
+    most.run(altered(examples=train.local_steps * train.batch_size))
+    many.run(altered(examples=2**62))
+    assert many.refused() == []
+    assert_same_bits(most.tensors(), many.tensors())
+
+
+def test_zeros_do_not_hold_back_the_other_sender_of_an_expert(tmp_path: Path) -> None:
+    ones = {1: torch.ones(6)}
+    tensors = []
+    for name, blocks in (("zeros", {0: torch.zeros(6)} | ones), ("without", ones)):
+        frame = pack(blocks, toy_manifest(), round=1)
+        federation = Federation(tmp_path / name, "aggregation.rule=median", clients=2)
+        federation.run(altered(update=frame))
+        assert federation.refused() == []
+        tensors.append(federation.tensors())
+    assert_same_bits(*tensors)
+    assert bool(tensors[0]["0"].any())
+
+
 def test_all_hostile_at_once_fail_the_round_and_change_nothing(tmp_path: Path) -> None:
     federation = Federation(tmp_path)
     federation.grid.attackers = tuple(range(CLIENTS))

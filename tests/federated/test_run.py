@@ -88,6 +88,7 @@ def test_the_directory_holds_every_file(finished: Path) -> None:
         "model",
         "pack_sizes.txt",
         "prepared.json",
+        "server.lock",
         "shards",
         "summary.json",
         "tensorboard",

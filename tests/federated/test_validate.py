@@ -59,9 +59,21 @@ def test_a_valid_reply_passes_with_what_the_server_knows() -> None:
     assert valid.usage == reply.usage and valid.contribution.read() == reply.update
 
 
-def test_the_claimed_examples_are_capped() -> None:
-    valid = check(toy_reply(examples=2**62), "federation.max_examples=10")
-    assert valid.contribution.weight == 10.0
+@pytest.mark.parametrize(
+    ("examples", "cap", "weight"),
+    [
+        (2**62, 1_000_000, 8.0),
+        (9, 1_000_000, 8.0),
+        (2**62, 5, 5.0),
+        (6, 1_000_000, 6.0),
+    ],
+)
+def test_examples_weigh_no_more_than_a_round_can_hold(
+    examples: int, cap: int, weight: float
+) -> None:
+    """Four steps of two windows; training that ended early has fewer."""
+    valid = check(toy_reply(examples=examples), f"federation.max_examples={cap}")
+    assert valid.contribution.weight == weight
 
 
 FOREIGN = Manifest.of({key: torch.zeros(5) for key in range(9)})
@@ -94,6 +106,7 @@ LARGE = {0: torch.full((6,), 2 * LARGEST_VALUE)}
         ({"usage": usage_of(5, round=2)}, "round"),
         ({"usage": b""}, "truncated"),
         ({"update": frame_of({})}, "empty_update"),
+        ({"update": frame_of({0: torch.zeros(6)})}, "empty_update"),
         ({"update": frame_of(LARGE)}, "update_range"),
         ({"update": frame_of(toy_update(), round=2)}, "round"),
         ({"update": frame_of(toy_update(), round=0)}, "round"),
@@ -108,6 +121,13 @@ def test_each_fault_has_its_reason(changes: dict[str, object], reason: str) -> N
     with pytest.raises(FrameError) as caught:
         check(replace(toy_reply(), **changes))  # type: ignore[arg-type]
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("block, codec", [(0.0, "raw"), (1e-8, "f16")])
+def test_a_block_of_zeros_counts_as_not_sent(block: float, codec: str) -> None:
+    blocks = toy_update() | {5: torch.full((6,), block)}
+    update = pack(blocks, toy_manifest(), round=1, codec=codec)
+    assert check(toy_reply(update=update)).contribution.expert_ids == (0, 3, 8)
 
 
 def test_counts_may_not_exceed_the_tokens_of_the_reply_itself() -> None:

@@ -89,6 +89,19 @@ def test_arrival_order_does_not_change_a_bit() -> None:
         assert all(torch.equal(again.mean[key], first.mean[key]) for key in first.mean)
 
 
+@pytest.mark.parametrize("rule", ["mean", "median"])
+def test_blocks_of_zeros_do_not_count(rule: str) -> None:
+    """Client 0 sends zeros for 1 and 2; somebody else sends 1 too, nobody 2."""
+    (first, update), (second, _) = contribution(0, [0]), contribution(1, [1])
+    update |= {key: torch.zeros(SIZES[key]) for key in (1, 2)}
+    zeros = replace(first, data=pack(update, MANIFEST, round=3))
+    rules = AggregationSettings(rule=rule)
+    found = aggregate([zeros, second], MANIFEST, round=3, rules=rules)
+    alone = aggregate([second], MANIFEST, round=3, rules=rules)
+    assert list(found.mean) == [0, 1]
+    assert torch.equal(found.mean[1], alone.mean[1])
+
+
 def test_an_expert_that_nobody_sent_is_absent() -> None:
     item, _ = contribution(0, [1])
     assert list(aggregate([item], MANIFEST, round=3).mean) == [1]

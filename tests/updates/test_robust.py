@@ -69,10 +69,24 @@ def test_the_centre_lies_among_the_values_that_are_left(
 
 
 def test_below_the_quorum_the_largest_norm_is_the_median() -> None:
-    found = clipped_mean(stack([[3, 4], [0, 500]]), [1.0, 3.0])
-    assert found.tolist() == pytest.approx([3 / 4, (4 + 3 * 5) / 4])
-    assert clipped_mean(stack([[0, 0], [3, 4]]), [1, 1]).tolist() == [0, 0]
-    assert clipped_mean(stack([[30, 40]]), [2.0]).tolist() == [30, 40]
+    found = clipped_mean(stack([[3, 4], [0, 500]]))
+    assert found.tolist() == pytest.approx([3 / 2, (4 + 5) / 2])
+    assert clipped_mean(stack([[30, 40]])).tolist() == [30, 40]
+
+
+def test_zeros_below_the_quorum_do_not_hold_others_back() -> None:
+    assert clipped_mean(stack([[0, 0], [3, 4]])).tolist() == [1.5, 2]
+    assert clipped_mean(stack([[0, 0], [0, 0]])).tolist() == [0, 0]
+
+
+def test_below_the_quorum_a_claim_of_many_examples_buys_nothing() -> None:
+    honest, _ = contribution(0, [0])
+    modest, update = contribution(1, [0])
+    liar = replace(modest, weight=1e6)
+    equal = aggregate([honest, modest], MANIFEST, round=3, rules=MEDIAN)
+    found = aggregate([honest, liar], MANIFEST, round=3, rules=MEDIAN)
+    assert torch.equal(found.mean[0], equal.mean[0])
+    assert not torch.allclose(found.mean[0], update[0], atol=0.1)
 
 
 def plain(
@@ -104,9 +118,7 @@ def test_rules_run_over_those_who_sent_an_expert(
         assert torch.allclose(found.mean[key].double(), expected, rtol=1e-6, atol=0)
     for key in (2, 9):
         assert plain([update for _, update in made], key, rules) is None
-        holders = [(i.weight, u[key].numpy()) for i, u in made if key in u]
-        rows = np.stack([value for _, value in holders])
-        below = clipped_mean(rows, [weight for weight, _ in holders])
+        below = clipped_mean(np.stack([u[key].numpy() for _, u in made if key in u]))
         assert torch.equal(found.mean[key], torch.from_numpy(below))
 
 
