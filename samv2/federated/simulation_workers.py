@@ -66,6 +66,11 @@ def revive_workers() -> bool:
             if on_actor_init_fn is not None:
                 on_actor_init_fn()
 
+        @ray.method(max_task_retries=0)
+        def terminate(self) -> None:
+            """End it for good: nothing is repeated."""
+            super().terminate()
+
     raybackend.ClientAppActor = ray.remote(
         max_restarts=RESTARTS, max_task_retries=RETRIES
     )(RevivedActor)
