@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from flwr.serverapp import Grid
@@ -51,6 +52,7 @@ def watch_drift(
     *,
     losses: Mapping[int, float],
     moved: Mapping[int, float],
+    asking: AbstractContextManager[None] = nullcontext(),
 ) -> tuple[ServerState, DriftReport]:
     """After a scoring: see whose text has changed, and find it a sibling.
 
@@ -61,6 +63,7 @@ def watch_drift(
         clients: {node id: client}.
         losses: {client: mean held-out loss, nats} of those that were scored.
         moved: {client: distance of its text from what it was} of those that said so.
+        asking: entered while clients are asked.
 
     Returns:
         The state after, and what was done.
@@ -72,13 +75,14 @@ def watch_drift(
     memory, changes = retire(memory, losses.keys() | moved.keys(), settings.drift)
     frames: dict[int, bytes] = {}
     if alarmed:
-        counts, frames = ask_counts(
-            grid,
-            clients,
-            alarmed,
-            state.round + 1,
-            timeout=answer_seconds(settings.federation.round_timeout),
-        )
+        with asking:
+            counts, frames = ask_counts(
+                grid,
+                clients,
+                alarmed,
+                state.round + 1,
+                timeout=answer_seconds(settings.federation.round_timeout),
+            )
         memory, found = respond(
             memory, counts, settings.drift, siblings=siblings, round=state.round
         )

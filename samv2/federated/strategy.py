@@ -206,12 +206,14 @@ class SamStrategy(Strategy):
         begin = time.perf_counter()
         self._waiting.restart()
         current = self.state.round + 1
-        self.roster.renew(grid, answer_seconds(timeout))
+        with self._waiting.counted():
+            self.roster.renew(grid, answer_seconds(timeout))
         try:
             self.aggregate_train(current, self._train(grid, current, timeout))
         except TooFewReplies:
             if self.roster.missing(grid):
-                self.enrol(grid)
+                with self._waiting.counted():
+                    self.enrol(grid)
             self.aggregate_train(current, self._train(grid, current, timeout))
         merged = time.perf_counter()
         scores: dict[str, Score] = {}
@@ -226,6 +228,7 @@ class SamStrategy(Strategy):
                 self.roster.clients,
                 losses=self._losses,
                 moved=self._moved,
+                asking=self._waiting.counted(),
             )
         if self._on_round is not None and self._merge is not None:
             seconds = {

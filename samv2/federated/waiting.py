@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,6 +21,15 @@ class Waiting:
         self.seconds = 0.0
         self.arrivals: dict[int, float] = {}
         """Seconds from asking to the first reply, by sender; of the last ``sender``."""
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count what happens inside as waiting: questions to clients and their answers."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - begin
 
     def __call__(
         self,

@@ -58,3 +58,11 @@ def test_what_fails_while_waiting_goes_on() -> None:
     with pytest.raises(OSError, match="gone"):
         list(waiting(broken))
     assert waiting.seconds >= PAUSE
+
+
+def test_questions_count_as_waiting_also_where_they_fail() -> None:
+    waiting = Waiting()
+    with pytest.raises(OSError), waiting.counted():
+        time.sleep(PAUSE)
+        raise OSError("gone")
+    assert PAUSE <= waiting.seconds < 20 * PAUSE
