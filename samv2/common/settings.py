@@ -177,6 +177,9 @@ class FederationSettings:
     """Most experts a layer sends; 0 leaves it to the budget."""
     codec: str = "int8"
     """Of updates' values: ``raw``, ``bf16``, ``f16``, ``int8``, ``nf4`` or ``int4``."""
+    down_codec: str = "raw"
+    """Of what the server sends down, the differences from the bootstrapped model;
+    ``raw`` has every bit. The server's own model is float32 in any case."""
     keep_frames: bool = False
     """Keep every merged update as it came, in ``frames/``; read by `samv2 inspect`."""
     error_feedback: float = 1.0

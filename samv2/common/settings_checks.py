@@ -13,6 +13,7 @@ FEATURES = ("coactivation", "gate", "gate_up_down")
 GATES = ("ridge", "ridge_log", "avg_k")
 COMBINES = ("unit", "softmax")
 SPLITS = ("domain", "shards", "dirichlet")
+DOWN_CODECS = ("raw", "bf16")
 CODECS = ("raw", "bf16", "f16", "int8", "nf4", "int4")
 NORMALISE = ("contributors", "all")
 DTYPES = ("float32", "bfloat16")
@@ -51,6 +52,7 @@ CHOICES = {
     "data.split": SPLITS,
     "train.schedule": SCHEDULES,
     "federation.codec": CODECS,
+    "federation.down_codec": DOWN_CODECS,
     "federation.normalise": NORMALISE,
     "aggregation.rule": RULES,
     "aggregation.optimizer": OPTIMIZERS,
@@ -202,6 +204,7 @@ def _federation_faults(settings: Settings) -> Iterator[str]:
         "federation.update_budget_bytes", federation.update_budget_bytes, 4096
     )
     yield from _unknown("federation.codec", federation.codec)
+    yield from _unknown("federation.down_codec", federation.down_codec)
     yield from _unknown("federation.normalise", federation.normalise)
     if not 0 <= federation.error_feedback <= 1:
         yield (

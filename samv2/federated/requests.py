@@ -134,7 +134,8 @@ class Requests:
         part = parts.part(client)
         if part not in frames:
             held = parts.held(client)
-            frames[part] = broadcast_frame(state, self._manifest, held)
+            codec = self._settings.federation.down_codec
+            frames[part] = broadcast_frame(state, self._manifest, held, codec)
         return frames[part]
 
     def _temperature(self, round: int) -> float:

@@ -149,21 +149,25 @@ def initial_state(blocks: dict[int, Tensor], graph: ExpertGraph) -> ServerState:
 
 
 def broadcast_frame(
-    state: ServerState, manifest: Manifest, held: Container[int] | None = None
+    state: ServerState,
+    manifest: Manifest,
+    held: Container[int] | None = None,
+    codec: str = "raw",
 ) -> bytes:
-    """The trained blocks for the next round, bit for bit; untouched ones are absent.
+    """The trained blocks for the next round; untouched ones are absent.
 
     Args:
         state: after the round before.
         manifest: of the blocks.
         held: ids of the blocks that the receiver holds; None: all.
+        codec: of values, a key of :data:`samv2.updates.packing.CODECS`.
     """
     trained = {
         key: value
         for key, value in state.blocks.items()
         if (held is None or key in held) and bool(value.any())
     }
-    return pack(trained, manifest, round=state.round + 1)
+    return pack(trained, manifest, round=state.round + 1, codec=codec)
 
 
 def server_merge(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from flwr.app import MessageType
 from flwr.clientapp import ClientApp
 
@@ -19,6 +20,7 @@ from samv2.federated.requests import (
     to_message,
 )
 from samv2.federated.server_merge import ServerState
+from samv2.updates.packing import Manifest, unpack
 from tests.federated.runs import toy_graph, toy_manifest, toy_settings, toy_state
 
 CLIENTS = {10: 0, 11: 1, 12: 2, 13: 3}
@@ -76,6 +78,22 @@ def test_what_clients_hold_survives_a_restart() -> None:
 def test_clients_of_the_same_part_get_the_same_bytes() -> None:
     sent = requests().training(toy_state(), Parts(), CLIENTS, 1)
     assert len({id(request.parameters) for request in sent.values()}) == 1
+
+
+@pytest.mark.parametrize(("codec", "share"), [("raw", 1.0), ("bf16", 0.6)])
+def test_parameters_are_sent_as_the_setting_says(codec: str, share: float) -> None:
+    blocks = {
+        key: torch.randn(1000, generator=torch.Generator().manual_seed(key))
+        for key in range(9)
+    }
+    state, manifest = replace(toy_state(), blocks=blocks), Manifest.of(blocks)
+    made = Requests(toy_settings(f"federation.down_codec={codec}"), manifest)
+    frame = made.training(state, Parts(), {10: 0}, 1)[10].parameters
+    assert len(frame) < share * 9 * 4000 + 1000
+    sent = unpack(frame, manifest, round=1)
+    for key, block in blocks.items():
+        expected = block if codec == "raw" else block.bfloat16().float()
+        assert torch.equal(sent[key], expected)
 
 
 def test_the_temperature_falls_over_the_rounds() -> None:
