@@ -150,7 +150,7 @@ def main(jobs: Path, result: Path) -> None:
     """Run jobs on the device, and write what :func:`do` gave for each."""
     torch.set_num_threads(1)
     _setup_privateuseone_for_python_backend("far")
-    client_round.device_named = lambda name: torch.device(DEVICE)
+    client_round.take_device = lambda name: torch.device(DEVICE)
     with FarIndices(), Far():
         done = [do(job) for job in pickle.loads(jobs.read_bytes())]
     result.write_bytes(pickle.dumps(done))

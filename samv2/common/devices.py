@@ -7,11 +7,21 @@ import torch
 from samv2.common.errors import ConfigError
 from samv2.common.settings_checks import DEVICES
 
+_number = 0
+"""Of this process among those that work side by side."""
+
+
+def number_process(number: int) -> None:
+    """Say which of several processes side by side this is, from 0: each has its GPU."""
+    global _number
+    _number = number
+
 
 def device_named(name: str) -> torch.device:
     """The device that a setting means; ``auto``: a GPU where there is one, else the CPU.
 
-    ``cuda`` without a number is the process's current GPU.
+    Of several GPUs, ``auto`` and ``cuda`` mean the process's own: see
+    :func:`number_process`.
 
     Raises:
         ConfigError: no such name, or no such GPU in this process.
@@ -31,10 +41,18 @@ def device_named(name: str) -> torch.device:
                 "cpu, or look at CUDA_VISIBLE_DEVICES and `samv2 doctor`"
             ]
         )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", _number % count)
     return device
 
 
-def take_gpu(number: int) -> None:
-    """Make a GPU the process's current one: the ``number``-th, counted round and round."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(number % torch.cuda.device_count())
+def take_device(name: str) -> torch.device:
+    """:func:`device_named`; a GPU also becomes the one that kernels are launched on.
+
+    Raises:
+        ConfigError: as there.
+    """
+    device = device_named(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

@@ -30,8 +30,10 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     made.mkdir()
     try:
         yield made
+        mode = made.stat().st_mode & 0o666
         for path in made.rglob("*"):
             if path.is_file():
+                path.chmod(mode)  # libraries have modes of their own
                 flush(path)
         if folder.exists():
             _swap(made, folder)

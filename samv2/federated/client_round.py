@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from samv2.common.callbacks import TrainerCallback
-from samv2.common.devices import device_named
+from samv2.common.devices import take_device
 from samv2.common.errors import FederationError
 from samv2.common.settings import Settings
 from samv2.common.threads import small_onednn_cache
@@ -113,7 +113,7 @@ def load_runtime(
         ConfigError: ``train.device`` names a GPU that is not there.
         ModelError: the folder is damaged.
     """
-    device = device_named(settings.train.device)
+    device = take_device(settings.train.device)
     small_onednn_cache()
     if part is None:
         model, _ = load_expert_model(model_folder)

@@ -11,8 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, wait
 from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
@@ -99,7 +98,8 @@ class Exchange:
                 came = False
                 for number in [*self._overdue, *waiting]:
                     asked = self._overdue.get(number) or waiting[number]
-                    reply = self._fetch(grid, number, asked)
+                    left = max(0.0, deadline - time.monotonic())
+                    reply = self._fetch(grid, number, asked, min(PULL_SECONDS, left))
                     if reply is None:
                         continue
                     came = True
@@ -121,27 +121,26 @@ class Exchange:
         finally:
             self._overdue |= waiting
 
-    def _fetch(self, grid: Grid, number: str, asked: Message) -> Message | None:
+    def _fetch(
+        self, grid: Grid, number: str, asked: Message, patience: float
+    ) -> Message | None:
         """A reply, if it is there and can be fetched soon; else ask again later."""
-        pull, seconds = self._pulls.get(number), 0.0
+        pull = self._pulls.get(number)
         if pull is None:
             if len(self._pulls) >= PULLS:
                 return None
             pull = _in_thread(lambda: _pull(grid, number, asked))
-            self._pulls[number], seconds = pull, PULL_SECONDS
-        try:
-            reply = pull.result(seconds)
-        except FutureTimeout:
+            self._pulls[number] = pull
+            wait([pull], timeout=patience)
+        if not pull.done():
             return None
-        except BaseException:
-            del self._pulls[number]
-            raise
         del self._pulls[number]
-        return reply
+        return pull.result()
 
 
 def _in_thread(work: Callable[[], Message | None]) -> Future[Message | None]:
-    """Do it in a thread that nobody waits for at the end of the process."""
+    """Do it in a thread; the process may end before it. (Threads of Flower's own that
+    fetch parts of a reply are waited for.)"""
     future: Future[Message | None] = Future()
 
     def run() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from samv2.common.devices import device_named
+from samv2.common.devices import take_device
 from samv2.common.errors import FederationError
 from samv2.common.quiet import no_progress_bars
 from samv2.common.settings import Settings, TrainSettings
@@ -85,7 +85,7 @@ def load_lora_runtime(place: LoraPlace) -> LoraRuntime:
         ConfigError: ``train.device`` names a GPU that is not there.
     """
     settings = place.settings
-    device = device_named(settings.train.device)
+    device = take_device(settings.train.device)
     with no_progress_bars():
         loaded = load_llama(settings.model.path, dtype=DTYPES[settings.model.dtype])
     add_lora(

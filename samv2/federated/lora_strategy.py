@@ -31,7 +31,8 @@ from samv2.federated.exchange import first_line, reported_scores
 from samv2.federated.grid import message_to
 from samv2.federated.lora_app import to_arrays, to_tensors
 from samv2.federated.lora_methods import LoraMethod
-from samv2.federated.roster import Roster, sample_nodes
+from samv2.federated.roster import Roster
+from samv2.federated.sampling import sample_nodes
 from samv2.federated.scores import believed_scores, is_scored, sum_scores
 from samv2.models.perplexity import Score
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from samv2.federated.exchange import Exchange
-from samv2.federated.grid import message_to
+from samv2.federated.exchange import Exchange, first_line
+from samv2.federated.grid import FLOPS_BUDGET, MEMORY_BUDGET, message_to
+from samv2.federated.subgraph import ClientBudget, believed_budget
 
 ANSWER_SECONDS = 600.0
 """For an answer to a question; the first one waits until a client's process is up, and
@@ -45,3 +47,49 @@ def ask(
         if node in questions and node not in answered:
             answered.add(node)
             yield node, reply
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a node says of itself."""
+
+    node: int
+    client: int
+    budget: ClientBudget
+
+
+def ask_who(
+    grid: Grid, nodes: Iterable[int], *, timeout: float
+) -> tuple[list[Claim], list[str]]:
+    """Ask nodes which client they are, and what they can hold.
+
+    Args:
+        grid: to ask on.
+        nodes: to ask.
+        timeout: seconds to wait for answers.
+
+    Returns:
+        What they say, by node; and why others say nothing.
+    """
+    claims: list[Claim] = []
+    failures: list[str] = []
+    questions = {node: RecordDict() for node in nodes}
+    for node, reply in ask(grid, questions, "enrol", timeout=timeout):
+        claim = _claim_of(node, reply)
+        if claim is None:
+            failures.append(first_line(reply))
+        else:
+            claims.append(claim)
+    return sorted(claims, key=lambda claim: claim.node), failures
+
+
+def _claim_of(node: int, reply: Message) -> Claim | None:
+    """What an answer claims; None where it names no client."""
+    if reply.has_error() or "metrics" not in reply.content:
+        return None
+    metrics = reply.content["metrics"]
+    client = metrics.get("client")
+    if type(client) is not int:
+        return None
+    budget = believed_budget(metrics.get(MEMORY_BUDGET), metrics.get(FLOPS_BUDGET))
+    return Claim(node=node, client=client, budget=budget)

@@ -1,11 +1,11 @@
 """Which node is which client, what clients can hold, and who is asked no more.
 
 A node says itself which client it is. So that none can take another's place, a client
-belongs to the node that was it first: another that claims it is not believed while that
-node is there, and gives way when it comes back. A node may claim a client whose own node
-is gone, since nodes that nobody registered come back under other ids. A node whose claim
-was not believed is asked no more while it is connected; one of a client in quarantine,
-never again.
+belongs to the node that was it first, its *home*: another that claims it is not believed
+while that node is there, and gives way when it comes back and says so again. A node may
+claim a client whose own node is gone, since nodes that nobody registered come back under
+other ids. A node whose claim was not believed is not asked again while it and the client's
+node are both connected; one in quarantine is never asked again.
 """
 
 from __future__ import annotations
@@ -14,20 +14,15 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from samv2.common.errors import FederationError
-from samv2.federated.exchange import first_line
-from samv2.federated.grid import FLOPS_BUDGET, MEMORY_BUDGET
-from samv2.federated.questions import ANSWER_SECONDS, ask
+from samv2.federated.questions import ANSWER_SECONDS, Claim, ask_who
 from samv2.federated.refusals import count_hostile, quarantined
 from samv2.federated.server_merge import Refusal
-from samv2.federated.subgraph import ClientBudget, believed_budget
+from samv2.federated.subgraph import ClientBudget
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +32,6 @@ TRIES = 3
 """How often a node that is new in mid-run is asked who it is, and does not say."""
 HOMES = 16
 """Nodes of a client that are remembered."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """What a node says of itself."""
-
-    node: int
-    client: int
-    budget: ClientBudget
 
 
 class Roster:
@@ -66,7 +52,7 @@ class Roster:
         self._homes: dict[int, list[int]] = {}
         self._hostile: dict[int, int] = {}
         self._barred: set[int] = set()
-        self._false: set[int] = set()
+        self._false: dict[int, int] = {}
         self._left_out: set[int] = set()
         self._in_vain: Counter[int] = Counter()
 
@@ -93,18 +79,20 @@ class Roster:
         answered. One that is silent or fails is asked again as long as others answer.
 
         Raises:
-            FederationError: too few nodes, or two nodes claim a client that no node had
-                before.
+            FederationError: too few nodes, or two nodes claim a client that neither of
+                them was before.
         """
-        needed = set(self._wanted) - self._away()
+        needed, first = self._needed(), not self.clients
         there: dict[int, int] | None = None
         while True:
             nodes = self._connected(grid, len(needed))
             if there is None:
-                there = {n: c for n, c in self.clients.items() if n in nodes}
+                bound = self.clients.keys() - self._guests()
+                there = {n: self.clients[n] for n in sorted(bound) if n in nodes}
             unknown = [node for node in nodes if node not in there]
             claims, failures = self._claims(grid, unknown, ANSWER_SECONDS)
-            found = self._believed(claims, there, nodes, failures)
+            found = self._believed(claims, there, failures)
+            self._settle(found, claims, homes=first)
             there |= found
             missing = sorted(needed - set(there.values()))
             if not missing:
@@ -121,43 +109,47 @@ class Roster:
         """Follow clients whose nodes have come back, perhaps under other ids.
 
         Nobody is asked unless a client's node is gone and there is a node that is
-        unknown and has not been asked in vain.
+        unknown, or a client's own node is back; nor who was asked in vain.
 
         Args:
             grid: to look on.
             timeout: seconds to wait for an answer.
         """
         nodes = set(self._nodes(grid))
-        for client, homes in self._homes.items():
-            self._come_home(client, [home for home in homes if home in nodes])
-        gone = {client for node, client in self.clients.items() if node not in nodes}
+        gone = self._needed() - {c for n, c in self.clients.items() if n in nodes}
         tried = {node for node, count in self._in_vain.items() if count >= TRIES}
-        unknown = sorted(nodes - self.clients.keys() - self._false - tried)
-        if not gone or not unknown:
+        unknown = nodes - self.clients.keys() - tried
+        asked = unknown if gone else unknown & self._homes_of_guests()
+        if not asked:
             return
-        claims, _ = self._claims(grid, unknown, timeout)
-        self._in_vain.update(set(unknown) - {claim.node for claim in claims})
-        for client in sorted(gone):
+        claims, _ = self._claims(grid, sorted(asked), timeout)
+        for client in sorted({claim.client for claim in claims}):
             own = [claim.node for claim in claims if claim.client == client]
-            if len(own) == 1:
+            homes = [n for n in self._homes.get(client, ()) if n in own]
+            host = self.node_of(client)
+            if homes and (client in gone or host in self._guests()):
+                self._move(client, homes[0])
+                if host is not None and client not in gone:
+                    self._disbelieve(host, client, homes[0])
+            elif client in gone and len(own) == 1:
                 self._move(client, own[0])
-            elif own:
+            elif client in gone:
                 log.warning("nodes %s all say that they are client %d", own, client)
+        self._in_vain.update(asked - self.clients.keys())
 
-    def _come_home(self, client: int, homes: Sequence[int]) -> None:
-        """Take the client's own node again, if it is there, in another's place."""
-        tenant = self.node_of(client)
-        if tenant is None or not homes or tenant == homes[0]:
-            return
-        self._move(client, homes[0])
-        if tenant not in self._homes[client]:
-            self._disbelieve(tenant, client, homes[0])
+    def _guests(self) -> set[int]:
+        """Nodes that stand in for a client whose home they are not."""
+        return {n for n, c in self.clients.items() if n not in self._homes.get(c, ())}
+
+    def _homes_of_guests(self) -> set[int]:
+        guests = {self.clients[node] for node in self._guests()}
+        return {home for client in guests for home in self._homes.get(client, ())}
 
     def _disbelieve(self, node: int, client: int, home: int) -> str:
-        """Ask a node no more while it is connected; returns what is said of it."""
-        self._false.add(node)
+        """Ask a node no more while both are there; returns what is said of it."""
+        self._false[node] = home
         why = f"node {node} says that it is client {client}, which is node {home}"
-        log.warning("%s; it is not asked again before it has left and come back", why)
+        log.warning("%s; it is not asked again while both are connected", why)
         return why
 
     def node_of(self, client: int) -> int | None:
@@ -174,9 +166,28 @@ class Roster:
         self._left_out.add(client)
         self._drop({client})
 
-    def judge(self, server_round: int, refusals: Iterable[Refusal]) -> None:
-        """Ask clients no more that have sent too many replies of a hostile kind."""
-        self._hostile = count_hostile(self._hostile, refusals)
+    def judge(self, server_round: int, refusals: Sequence[Refusal]) -> None:
+        """Ask clients no more that have sent too many replies of a hostile kind.
+
+        A node that only stands in for a client whose own node is away is barred at the
+        first, and the client is not blamed.
+        """
+        if not self._quarantine:
+            self._hostile = count_hostile(self._hostile, refusals)
+            return
+        guests = {self.clients[node]: node for node in self._guests()}
+        blamed = [item for item in refusals if item.client not in guests]
+        for client in count_hostile({}, refusals).keys() & guests.keys():
+            self._barred.add(guests[client])
+            del self.clients[guests[client]]
+            log.warning(
+                "round %d: node %d stood in for client %d, had a hostile reply refused "
+                "and is asked no more",
+                server_round,
+                guests[client],
+                client,
+            )
+        self._hostile = count_hostile(self._hostile, blamed)
         away = quarantined(self._hostile, self._quarantine)
         for node, client in self.clients.items():
             if client in away:
@@ -191,8 +202,10 @@ class Roster:
                 )
         self._drop(away)
 
-    def _away(self) -> set[int]:
-        return quarantined(self._hostile, self._quarantine) | self._left_out
+    def _needed(self) -> set[int]:
+        """Clients that are to take part."""
+        away = quarantined(self._hostile, self._quarantine) | self._left_out
+        return set(self._wanted) - away
 
     def _drop(self, away: set[int]) -> None:
         self.clients = {n: c for n, c in self.clients.items() if c not in away}
@@ -204,8 +217,14 @@ class Roster:
     def _nodes(self, grid: Grid) -> list[int]:
         """Connected nodes that may be asked."""
         connected = set(grid.get_node_ids())
-        self._false &= connected
-        return sorted(connected - self._barred - self._false)
+        self._false = {
+            node: home
+            for node, home in self._false.items()
+            if node in connected and home in connected
+        }
+        for node in set(self._in_vain) - connected:
+            del self._in_vain[node]
+        return sorted(connected - self._barred - self._false.keys())
 
     def _connected(self, grid: Grid, wanted: int) -> list[int]:
         """The nodes that may be asked, once there are enough.
@@ -227,25 +246,17 @@ class Roster:
         return nodes
 
     def _claims(
-        self, grid: Grid, nodes: Sequence[int], timeout: float
+        self, grid: Grid, nodes: Iterable[int], timeout: float
     ) -> tuple[list[Claim], list[str]]:
-        """Of nodes that say which client they are, and why others do not."""
-        claims: list[Claim] = []
-        failures: list[str] = []
-        questions = {node: RecordDict() for node in nodes}
-        for node, reply in ask(grid, questions, "enrol", timeout=timeout):
-            claim = _claim_of(node, reply)
-            if claim is None:
-                failures.append(first_line(reply))
-            elif claim.client in self._wanted and claim.client not in self._away():
-                claims.append(claim)
-        return sorted(claims, key=lambda claim: claim.node), failures
+        """What nodes say, of clients that may take part; and why others say nothing."""
+        claims, failures = ask_who(grid, nodes, timeout=timeout)
+        wanted = self._needed()
+        return [claim for claim in claims if claim.client in wanted], failures
 
     def _believed(
         self,
         claims: Sequence[Claim],
         there: Mapping[int, int],
-        nodes: Sequence[int],
         failures: list[str],
     ) -> dict[int, int]:
         """{node: client} of claims that are believed: each is a client's own node then.
@@ -253,17 +264,17 @@ class Roster:
         Args:
             claims: of nodes that are not in ``there``.
             there: {node: client} as known.
-            nodes: that are connected.
             failures: what is said of those that are not believed is added.
 
         Raises:
-            FederationError: two nodes claim a client that no node had before.
+            FederationError: two nodes claim a client that neither of them was before.
         """
         found: dict[int, int] = {}
         for client in sorted({claim.client for claim in claims}):
             own = [claim for claim in claims if claim.client == client]
             taken = next((n for n, c in there.items() if c == client), None)
-            homes = [h for h in self._homes.get(client, ()) if h in nodes]
+            saying = {claim.node for claim in own}
+            homes = [h for h in self._homes.get(client, ()) if h in saying]
             holder = taken if taken is not None else next(iter(homes), None)
             if holder is None and len(own) > 1:
                 raise FederationError(
@@ -274,46 +285,22 @@ class Roster:
             for claim in own:
                 if holder in (None, claim.node):
                     found[claim.node] = client
-                    self.budgets.setdefault(client, claim.budget)
-                    remembered = self._homes.setdefault(client, [])
-                    if claim.node not in remembered:
-                        remembered.append(claim.node)
-                        del remembered[:-HOMES]
                 else:
                     failures.append(self._disbelieve(claim.node, client, holder))
         return found
 
-
-def sample_nodes(
-    clients: Mapping[int, int], count: int, seed: int, server_round: int
-) -> dict[int, int]:
-    """A round's clients, which depend on seed, round and who is there.
-
-    Args:
-        clients: {node id: client} of those that may be asked.
-        count: how many to take; where there are fewer, all.
-        seed: of the run.
-        server_round: from 1.
-    """
-    if not clients:
-        return {}
-    by_client = {client: node for node, client in clients.items()}
-    generator = np.random.default_rng([seed, server_round])
-    size = min(count, len(by_client))
-    chosen = generator.choice(sorted(by_client), size=size, replace=False)
-    return {by_client[int(client)]: int(client) for client in sorted(chosen)}
-
-
-def _claim_of(node: int, reply: Message) -> Claim | None:
-    """What an enrolment reply claims; None where it names no client."""
-    if reply.has_error() or "metrics" not in reply.content:
-        return None
-    metrics = reply.content["metrics"]
-    client = metrics.get("client")
-    if type(client) is not int:
-        return None
-    budget = believed_budget(metrics.get(MEMORY_BUDGET), metrics.get(FLOPS_BUDGET))
-    return Claim(node=node, client=client, budget=budget)
+    def _settle(
+        self, found: Mapping[int, int], claims: Iterable[Claim], *, homes: bool
+    ) -> None:
+        """Remember what clients can hold, and, with ``homes``, whose node is whose."""
+        for claim in claims:
+            if claim.node not in found:
+                continue
+            self.budgets.setdefault(claim.client, claim.budget)
+            known = self._homes.setdefault(claim.client, [])
+            if claim.node not in known and (homes or not known):
+                known.append(claim.node)
+                del known[:-HOMES]
 
 
 def _named(numbers: Mapping[int, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ others have the values of ``samv2/configs/demo.toml``, from which the app is wri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ def settings_from_run_config(
 ) -> tuple[Settings, Path]:
     """Settings and run directory of a Flower run config.
 
-    Where the model is bootstrapped already, conversion settings that have the app's own
-    values are the model's: they need not be given again.
+    Where ``model.path`` is bootstrapped already, conversion settings that have the app's
+    own values are the model's: they need not be given again. A node may have that model
+    in a folder of its own alone.
 
     Args:
         values: of Flower's context.
-        folder: the run directory, where it is not the run config's: a node's own.
+        folder: the run directory of a node that has its own; None: the run config's.
 
     Raises:
         ConfigError: unknown or wrong settings, or ``run-dir`` is not an absolute path
@@ -47,12 +48,18 @@ def settings_from_run_config(
             ]
         )
     settings = {key: value for key, value in values.items() if key != RUN_DIR}
-    return settings_from_flat(settings | _of_model(settings, root)), root
+    places = [Path(str(settings.get("model.path", "")))]
+    if folder is not None:
+        places.append(RunFolder(root=folder).model)
+    return settings_from_flat(settings | _of_model(settings, places)), root
 
 
-def _of_model(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """What a bootstrapped model says of settings that are as the app has them."""
-    places = (Path(str(settings.get("model.path", ""))), RunFolder(root=root).model)
+def _of_model(settings: Mapping[str, Any], places: Sequence[Path]) -> dict[str, Any]:
+    """What a bootstrapped model says of settings that are as the app has them.
+
+    A model that the run itself made is not among the places: what it was asked for has
+    to stand in its settings when it is started again.
+    """
     found = next((place for place in places if is_expert_model(place)), None)
     if found is None:
         return {}

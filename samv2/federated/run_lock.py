@@ -7,6 +7,7 @@ left behind by a server that was killed.
 from __future__ import annotations
 
 import fcntl
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from pathlib import Path
 from samv2.common.errors import CheckpointError
 from samv2.common.settings import Settings
 from samv2.federated.run_folder import RunFolder, check_flags, open_run
+
+log = logging.getLogger(__name__)
 
 LOCK = "server.lock"
 WAIT_SECONDS = 60.0
@@ -47,6 +50,11 @@ def sole_server(root: Path, *, wait: float = WAIT_SECONDS) -> Iterator[None]:
                         "RUN_ID`), or choose another folder (--log-dir; in Flower "
                         "run-dir)"
                     ) from None
+            except OSError as error:  # a file system without locks
+                log.warning(
+                    "%s cannot be locked (%s); start one server only", root, error
+                )
+                break
             time.sleep(min(0.5, max(0.0, deadline - time.monotonic())))
         yield
 

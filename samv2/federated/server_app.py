@@ -96,6 +96,7 @@ def run_embedded(
 def _run_embedded(
     run: RunFolder, settings: Settings, console: Console
 ) -> dict[str, Any]:
+    workers = worker_count(settings)
     for states in run.states.glob("client_*"):
         sweep(states)
     with event_log(run.root):
@@ -107,7 +108,7 @@ def _run_embedded(
         partial(make_client_app, place),
         configs,
         to_flat(settings),
-        workers=worker_count(settings),
+        workers=workers,
         on_reply=table.working,
     )
     with grid:
@@ -183,14 +184,14 @@ def _federate(
             events.event("checkpoint_written", round=current.round, seconds=took)
 
         def on_start(scores: dict[str, Score]) -> None:
-            facts["start"] = perplexities(scores)
+            facts["start"] = perplexities(scores) or None
             facts["gate_bytes"] = {str(k): v for k, v in strategy.gate_bytes.items()}
             if strategy.siblings:
                 write_json(run.siblings, {"clients": strategy.siblings})
             checkpoint(strategy.state)
             if settings.federation.keep_frames:
                 keep_counts(run.root, strategy.count_frames)
-            table.start(facts["start"])
+            table.start(facts["start"] or {})
 
         def on_round(current: ServerState, report: RoundReport) -> None:
             row, clients = logs.write(current, report)
@@ -218,7 +219,7 @@ def _federate(
         run,
         settings,
         prepared,
-        facts["start"],
+        facts["start"] or {},
         _add(spent, time.perf_counter() - begin),
     )
 

@@ -42,7 +42,8 @@ from samv2.federated.parts import Parts, plan_parts
 from samv2.federated.questions import answer_seconds
 from samv2.federated.refusals import TooFewReplies
 from samv2.federated.requests import Requests, request_bytes, to_message
-from samv2.federated.roster import Roster, sample_nodes
+from samv2.federated.roster import Roster
+from samv2.federated.sampling import sample_nodes
 from samv2.federated.scores import (
     believed_scores,
     domain_names,

@@ -16,7 +16,7 @@ import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from samv2.common.devices import device_named, take_gpu
+from samv2.common.devices import device_named, number_process
 from samv2.common.settings import Settings
 
 CLIENT_FAILED = 2
@@ -31,11 +31,12 @@ def worker_count(settings: Settings) -> int:
     Raises:
         ConfigError: ``train.device`` names a GPU that is not there.
     """
+    device = device_named(settings.train.device)
     if settings.federation.workers:
         return settings.federation.workers
-    device = device_named(settings.train.device)
     if device.type == "cuda":
-        return torch.cuda.device_count() if device.index is None else 1
+        on_any = settings.train.device in ("auto", "cuda")
+        return torch.cuda.device_count() if on_any else 1
     return os.cpu_count() or 1
 
 
@@ -106,7 +107,7 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    take_gpu(number)
+    number_process(number)
     app = make_app()
     while True:
         try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from samv2.common.errors import ConfigError
 from samv2.common.settings import Settings
 from samv2.data.shards import (
     ClientShard,
@@ -179,3 +180,6 @@ def test_there_is_a_worker_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert worker_count(toy_settings()) == 4
     assert worker_count(toy_settings("train.device=cuda:2")) == 1
+    # A device that is not there is noticed before anything else is done.
+    with pytest.raises(ConfigError, match="sees 4 GPUs"):
+        worker_count(toy_settings("train.device=cuda:7", "federation.workers=2"))

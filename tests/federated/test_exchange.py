@@ -157,6 +157,28 @@ def test_a_broken_upload_keeps_nobody_elses_reply_waiting(
     assert grid.pulled.count("m1") == 1
 
 
+def test_a_link_that_is_down_is_no_clients_doing() -> None:
+    grid, post = PostOffice(), Exchange()
+    grid.poison("m1", TimeoutError("no route"))
+    with pytest.raises(TimeoutError, match="no route"):
+        list(post.stream(grid, asked(7), timeout=0.5))
+    grid.reply("m1", x=7)
+    assert list(post.stream(grid, [], timeout=0.5)) == []
+    assert grid.pulled.count("m1") == 1
+
+
+def test_the_deadline_holds_where_many_uploads_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exchange, "PULL_SECONDS", 0.2)
+    grid = PostOffice()
+    for number in range(1, 21):
+        grid.stall(f"m{number}", 3.0)
+    begin = time.monotonic()
+    assert list(Exchange().stream(grid, asked(*range(20)), timeout=0.5)) == []
+    assert time.monotonic() - begin < 1.5
+
+
 def test_no_more_replies_are_fetched_at_once_than_allowed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -33,6 +33,7 @@ from samv2.federated.client_app import (
     place_from_context,
 )
 from samv2.federated.run_config import settings_from_run_config
+from samv2.federated.run_folder import open_run
 from samv2.federated.server_app import run_embedded
 from tests.federated.runs import (
     assert_same_bits,
@@ -83,6 +84,17 @@ def test_a_bootstrapped_model_brings_its_conversion_settings(
     elsewhere = given | {"model.path": "/only/on/the/server"}
     settings, root = settings_from_run_config(elsewhere, tmp_path / "own")
     assert settings.experts.num_experts == 8 and root == tmp_path / "own"
+
+
+def test_a_run_is_found_as_it_was_started(tmp_path: Path, expert_folder: Path) -> None:
+    given = app_config() | {"run-dir": str(tmp_path / "run")}
+    settings, root = settings_from_run_config(given)
+    open_run(root, settings, resume=False, overwrite=False)
+    # The run has converted its model, and is started again.
+    (root / "model").symlink_to(expert_folder)
+    again, _ = settings_from_run_config(given)
+    assert again == settings and again.experts.layers == "10-"
+    open_run(root, again, resume=True, overwrite=False)
 
 
 def context_of(tmp_path: Path, **node: Any) -> Context:

@@ -28,8 +28,8 @@ from samv2.federated.lora_round import (
     train_lora_round,
 )
 from samv2.federated.lora_run import ADAPTER, run_lora
-from samv2.federated.roster import sample_nodes
 from samv2.federated.run_folder import load_model_or_run
+from samv2.federated.sampling import sample_nodes
 from samv2.federated.server_app import run_embedded
 from samv2.models.bootstrap import bootstrap
 from samv2.models.lora import write_lora

@@ -152,10 +152,75 @@ def test_a_client_belongs_to_its_own_node_when_that_comes_back() -> None:
     grid.looks = [[100, 101, 102]]
     found.renew(grid, 5.0)
     assert found.clients == {100: 0, 101: 1}
-    # Who had taken its place is not believed a second time while it stays.
-    grid.looks, grid.asked = [[100, 102]], []
+    # Who had taken its place is not asked again while both are there.
+    grid.looks, grid.asked = [[101, 102]], []
     found.renew(grid, 5.0)
     assert found.clients == {100: 0, 101: 1} and grid.asked == []
+    # It is once the client's own node is gone: it may be an honest node under a new id.
+    grid.looks = [[100, 102]]
+    found.renew(grid, 5.0)
+    assert found.clients == {100: 0, 102: 1} and grid.asked == [[102]]
+
+
+def test_a_node_that_comes_back_while_its_old_id_is_still_listed() -> None:
+    grid = coming_and_going([0, 1, 1], [[100, 101]])
+    found = enrolled(grid, 2)
+    grid.looks = [[100, 101, 102]]  # 101 died a moment ago; 102 is the same machine
+    found.enrol(grid)
+    assert found.clients == {100: 0, 101: 1}
+    grid.looks = [[100, 102]]
+    found.renew(grid, 5.0)
+    assert found.clients == {100: 0, 102: 1}
+    # The same at a resume, where the dead id does not answer.
+    again = Roster(2)
+    again.recall({"homes": {"0": [100], "1": [103]}})
+    silent = coming_and_going([0, 1, 1, None], [[100, 102, 103]])
+    again.enrol(silent)
+    assert again.clients == {100: 0, 102: 1}
+
+
+def test_nodes_may_change_their_numbers_between_starts() -> None:
+    found = Roster(2)
+    found.recall({"homes": {"0": [100], "1": [101]}})
+    found.enrol(coming_and_going([1, 0], [[100, 101]]))
+    assert found.clients == {100: 1, 101: 0}
+
+
+def test_a_home_that_says_otherwise_is_not_made_its_client() -> None:
+    answers: list[Any] = [0, 1, 1]
+    grid = coming_and_going(answers, [[100, 101]])
+    found = enrolled(grid, 2)
+    grid.looks = [[100, 102]]
+    found.renew(grid, 5.0)
+    answers[1] = 0
+    grid.looks = [[100, 101, 102]]
+    found.renew(grid, 5.0)
+    assert found.clients == {100: 0, 102: 1}
+
+
+def test_a_client_is_not_blamed_for_who_stood_in_for_it() -> None:
+    grid = coming_and_going([0, 1, 1], [[100, 101]])
+    found = enrolled(grid, 2, quarantine=1)
+    grid.looks = [[100, 102]]
+    found.renew(grid, 5.0)
+    found.judge(2, [Refusal(client=1, reason="examples", detail="-1")])
+    assert found.clients == {100: 0}
+    grid.looks = [[100, 101, 102]]
+    found.renew(grid, 5.0)
+    assert found.clients == {100: 0, 101: 1}
+    assert found.memory()["hostile"] == {} and found.memory()["barred"] == {"102": 1}
+
+
+def test_a_stand_in_gives_way_when_the_run_enrols_again() -> None:
+    grid = coming_and_going([0, 1, 1], [[100, 101]])
+    found = enrolled(grid, 2)
+    grid.looks = [[100, 102]]
+    found.renew(grid, 5.0)
+    found.enrol(grid)
+    assert found.clients == {100: 0, 102: 1}
+    grid.looks = [[100, 101, 102]]
+    found.enrol(grid)
+    assert found.clients == {100: 0, 101: 1}
 
 
 def test_a_false_claim_ends_no_run() -> None:
