@@ -218,7 +218,7 @@ all-on-one-machine() {
   home=$(folder_of "$run_dir/flower")
   keys=$home/keys
   address=127.0.0.1:$(free_port)
-  trap 'end_all "$home"' EXIT
+  trap "end_all $(printf %q "$home")" EXIT  # when it is run, home is no more
   certificates "$keys" "$clients"
   nodes "$run_dir" "$clients" "$home/nodes" "${3:-}"
   setsid "$0" superlink "$keys" "$home/superlink" "$address" >"$home/superlink.log" 2>&1 &

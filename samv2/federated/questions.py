@@ -17,6 +17,9 @@ ANSWER_SECONDS = 600.0
 many start on few cores. A node that is gone does not take that long: its SuperLink says so.
 """
 
+NODE_UNAVAILABLE = 5
+"""Flower's error code for a node whose heartbeats have stopped."""
+
 
 def answer_seconds(round_timeout: float) -> float:
     """How long an answer is waited for in mid-run: not longer than a round's replies."""
@@ -58,29 +61,39 @@ class Claim:
     budget: ClientBudget
 
 
-def ask_who(
-    grid: Grid, nodes: Iterable[int], *, timeout: float
-) -> tuple[list[Claim], list[str]]:
+@dataclass(frozen=True, kw_only=True)
+class Who:
+    """What came of asking nodes which client they are."""
+
+    claims: list[Claim]
+    """By node."""
+    failures: list[str]
+    """Why others say nothing."""
+    away: bool
+    """Whether some of them were only not there, and may be soon."""
+
+
+def ask_who(grid: Grid, nodes: Iterable[int], *, timeout: float) -> Who:
     """Ask nodes which client they are, and what they can hold.
 
     Args:
         grid: to ask on.
         nodes: to ask.
         timeout: seconds to wait for answers.
-
-    Returns:
-        What they say, by node; and why others say nothing.
     """
     claims: list[Claim] = []
     failures: list[str] = []
+    away = False
     questions = {node: RecordDict() for node in nodes}
     for node, reply in ask(grid, questions, "enrol", timeout=timeout):
         claim = _claim_of(node, reply)
         if claim is None:
             failures.append(first_line(reply))
+            away |= reply.has_error() and reply.error.code == NODE_UNAVAILABLE
         else:
             claims.append(claim)
-    return sorted(claims, key=lambda claim: claim.node), failures
+    claims.sort(key=lambda claim: claim.node)
+    return Who(claims=claims, failures=failures, away=away)
 
 
 def _claim_of(node: int, reply: Message) -> Claim | None:

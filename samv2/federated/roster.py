@@ -14,12 +14,13 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flwr.serverapp import Grid
 
 from samv2.common.errors import FederationError
-from samv2.federated.questions import ANSWER_SECONDS, Claim, ask_who
+from samv2.federated.questions import ANSWER_SECONDS, Claim, Who, ask_who
 from samv2.federated.refusals import count_hostile, quarantined
 from samv2.federated.server_merge import Refusal
 from samv2.federated.subgraph import ClientBudget
@@ -76,7 +77,8 @@ class Roster:
         The wait is as long as somebody new comes: clients that are missing are given up
         when no other node connects for :data:`ENROL_SECONDS`, or when all were asked,
         for :data:`~samv2.federated.questions.ANSWER_SECONDS`, and no other client has
-        answered. One that is silent or fails is asked again as long as others answer.
+        answered. One that is silent or fails is asked again as long as others answer,
+        and one whose node has just gone for :data:`ENROL_SECONDS`: it may be starting.
 
         Raises:
             FederationError: too few nodes, or two nodes claim a client that neither of
@@ -84,23 +86,29 @@ class Roster:
         """
         needed, first = self._needed(), not self.clients
         there: dict[int, int] | None = None
+        deadline = time.monotonic() + ENROL_SECONDS
         while True:
             nodes = self._connected(grid, len(needed))
             if there is None:
                 bound = self.clients.keys() - self._guests()
                 there = {n: self.clients[n] for n in sorted(bound) if n in nodes}
             unknown = [node for node in nodes if node not in there]
-            claims, failures = self._claims(grid, unknown, ANSWER_SECONDS)
-            found = self._believed(claims, there, failures)
-            self._settle(found, claims, homes=first)
+            who = self._ask(grid, unknown, ANSWER_SECONDS)
+            found = self._believed(who, there)
+            self._settle(found, who.claims, homes=first)
             there |= found
             missing = sorted(needed - set(there.values()))
             if not missing:
                 break
-            if not found:
+            now = time.monotonic()
+            if found:
+                deadline = now + ENROL_SECONDS
+            elif who.away and now < deadline:
+                time.sleep(1)
+            else:
                 raise FederationError(
                     f"clients {missing} are not there "
-                    f"({'; '.join(failures) or 'no answer'}); "
+                    f"({'; '.join(who.failures) or 'no answer'}); "
                     "check that each node has its own partition-id and its shard"
                 )
         self.clients = {n: c for n, c in sorted(there.items()) if c in needed}
@@ -122,7 +130,7 @@ class Roster:
         asked = unknown if gone else unknown & self._homes_of_guests()
         if not asked:
             return
-        claims, _ = self._claims(grid, sorted(asked), timeout)
+        claims = self._ask(grid, sorted(asked), timeout).claims
         for client in sorted({claim.client for claim in claims}):
             own = [claim.node for claim in claims if claim.client == client]
             homes = [n for n in self._homes.get(client, ()) if n in own]
@@ -245,33 +253,29 @@ class Roster:
             time.sleep(0.5)
         return nodes
 
-    def _claims(
-        self, grid: Grid, nodes: Iterable[int], timeout: float
-    ) -> tuple[list[Claim], list[str]]:
-        """What nodes say, of clients that may take part; and why others say nothing."""
-        claims, failures = ask_who(grid, nodes, timeout=timeout)
-        wanted = self._needed()
-        return [claim for claim in claims if claim.client in wanted], failures
+    def _ask(self, grid: Grid, nodes: Iterable[int], timeout: float) -> Who:
+        """What nodes say, of clients that may take part."""
+        who, wanted = ask_who(grid, nodes, timeout=timeout), self._needed()
+        return replace(who, claims=[c for c in who.claims if c.client in wanted])
 
     def _believed(
         self,
-        claims: Sequence[Claim],
+        who: Who,
         there: Mapping[int, int],
-        failures: list[str],
     ) -> dict[int, int]:
         """{node: client} of claims that are believed: each is a client's own node then.
 
         Args:
-            claims: of nodes that are not in ``there``.
+            who: says what; nodes that are not in ``there``. What is said of those that
+                are not believed is added to its failures.
             there: {node: client} as known.
-            failures: what is said of those that are not believed is added.
 
         Raises:
             FederationError: two nodes claim a client that neither of them was before.
         """
         found: dict[int, int] = {}
-        for client in sorted({claim.client for claim in claims}):
-            own = [claim for claim in claims if claim.client == client]
+        for client in sorted({claim.client for claim in who.claims}):
+            own = [claim for claim in who.claims if claim.client == client]
             taken = next((n for n, c in there.items() if c == client), None)
             saying = {claim.node for claim in own}
             homes = [h for h in self._homes.get(client, ()) if h in saying]
@@ -286,7 +290,7 @@ class Roster:
                 if holder in (None, claim.node):
                     found[claim.node] = client
                 else:
-                    failures.append(self._disbelieve(claim.node, client, holder))
+                    who.failures.append(self._disbelieve(claim.node, client, holder))
         return found
 
     def _settle(

@@ -93,3 +93,23 @@ def test_a_run_outlives_a_node_and_its_superlink(
     assert_same_bits(
         checkpoint_tensors(logs, ROUNDS), checkpoint_tensors(embedded, ROUNDS)
     )
+
+
+def test_all_on_one_machine_goes_on_and_leaves_nothing_running(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    with deployment(tmp_path / "deployment") as here:
+        here.homes = tmp_path / "run" / "flower"
+        for rounds in (1, 2):
+            settings = small_settings(
+                tiny_llama_folder,
+                "federation.clients=1",
+                f"federation.rounds={rounds}",
+                "federation.eval_every=2",
+                "train.local_steps=1",
+            )
+            config = run_config(to_flat(settings))
+            output = here.call("all-on-one-machine", tmp_path / "run", 1, config)
+            assert "finished:completed" in output
+            assert here.processes() == []
+    assert (tmp_path / "run" / "checkpoints" / "round_0002").is_dir()

@@ -16,7 +16,11 @@ from samv2.common.errors import FederationError
 from samv2.federated import exchange, roster
 from samv2.federated.ask_counts import ask_counts
 from samv2.federated.grid import EmbeddedGrid, counts_to_record
-from samv2.federated.questions import ANSWER_SECONDS, answer_seconds
+from samv2.federated.questions import (
+    ANSWER_SECONDS,
+    NODE_UNAVAILABLE,
+    answer_seconds,
+)
 from samv2.federated.roster import Roster
 from samv2.federated.server_merge import Refusal
 from samv2.federated.siblings import pack_counts
@@ -311,6 +315,19 @@ def test_an_answer_is_that_of_the_node_that_was_asked(office: PostOffice) -> Non
     for number, client in (("m1", 1), ("m2", 0), ("m3", 2)):
         office.reply(number, client=client)
     assert questioned(office, 3).clients == {10: 1, 11: 0, 12: 2}
+
+
+def test_a_node_that_is_just_starting_is_waited_for(
+    office: PostOffice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    office.nodes = [10]
+    office.error("m1", NODE_UNAVAILABLE, "no heartbeat")
+    office.reply("m2", client=0)
+    assert questioned(office, 1).clients == {10: 0}
+    monkeypatch.setattr(roster, "ENROL_SECONDS", 0.0)
+    office.error("m3", NODE_UNAVAILABLE, "no heartbeat")
+    with pytest.raises(FederationError, match=r"clients \[0\] .*no heartbeat"):
+        questioned(office, 1)
 
 
 def test_an_answer_that_cannot_be_read_costs_nobody_elses(office: PostOffice) -> None:
