@@ -54,6 +54,7 @@ class Roster:
         self._hostile: dict[int, int] = {}
         self._barred: set[int] = set()
         self._false: dict[int, int] = {}
+        self._guest_hostile: Counter[int] = Counter()
         self._left_out: set[int] = set()
         self._in_vain: Counter[int] = Counter()
 
@@ -172,51 +173,41 @@ class Roster:
         """Do without a client for the rest of this start."""
         log.warning("client %d is left out: %s", client, why)
         self._left_out.add(client)
-        self._drop({client})
+        self.clients = {n: c for n, c in self.clients.items() if c != client}
 
     def judge(self, server_round: int, refusals: Sequence[Refusal]) -> None:
         """Ask clients no more that have sent too many replies of a hostile kind.
 
-        A node that only stands in for a client whose own node is away is barred at the
-        first, and the client is not blamed.
+        What a node does that stands in for a client whose own node is away counts
+        against the node: the client's own is asked again when it is back.
         """
-        if not self._quarantine:
-            self._hostile = count_hostile(self._hostile, refusals)
-            return
         guests = {self.clients[node]: node for node in self._guests()}
         blamed = [item for item in refusals if item.client not in guests]
-        for client in count_hostile({}, refusals).keys() & guests.keys():
-            self._barred.add(guests[client])
-            del self.clients[guests[client]]
-            log.warning(
-                "round %d: node %d stood in for client %d, had a hostile reply refused "
-                "and is asked no more",
-                server_round,
-                guests[client],
-                client,
-            )
         self._hostile = count_hostile(self._hostile, blamed)
+        for client, count in count_hostile({}, refusals).items():
+            if client in guests:
+                self._guest_hostile[guests[client]] += count
         away = quarantined(self._hostile, self._quarantine)
-        for node, client in self.clients.items():
-            if client in away:
-                self._barred.add(node)
-                log.warning(
-                    "round %d: client %d has had %d hostile replies refused and is asked "
-                    "no more (federation.quarantine = %d)",
-                    server_round,
-                    client,
-                    self._hostile[client],
-                    self._quarantine,
-                )
-        self._drop(away)
+        bad = quarantined(self._guest_hostile, self._quarantine)
+        for node, client in list(self.clients.items()):
+            if client not in away and node not in bad:
+                continue
+            log.warning(
+                "round %d: client %d (node %d) has had %d hostile replies refused and is "
+                "asked no more (federation.quarantine = %d)",
+                server_round,
+                client,
+                node,
+                self._guest_hostile[node] or self._hostile[client],
+                self._quarantine,
+            )
+            self._barred.add(node)
+            del self.clients[node]
 
     def _needed(self) -> set[int]:
         """Clients that are to take part."""
         away = quarantined(self._hostile, self._quarantine) | self._left_out
         return set(self._wanted) - away
-
-    def _drop(self, away: set[int]) -> None:
-        self.clients = {n: c for n, c in self.clients.items() if c not in away}
 
     def _move(self, client: int, node: int) -> None:
         kept = {n: c for n, c in self.clients.items() if c != client}
