@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samv2.common.json_keys import number_keys, text_keys
 from samv2.federated.drift import LossWatch, SiblingMemory
 
 COUNTS, KINDS = "counts_CN", "kinds_GN"
@@ -23,12 +24,12 @@ def to_parts(memory: SiblingMemory) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     facts = {
         "clients": sorted(memory.counts),
-        "told": _text_keys(memory.told),
+        "told": text_keys(memory.told),
         "used": sorted(memory.kinds),
-        "members": _text_keys(memory.members),
-        "spawned": _text_keys(memory.spawned),
-        "idle": _text_keys(memory.idle),
-        "resting": _text_keys(memory.resting),
+        "members": text_keys(memory.members),
+        "spawned": text_keys(memory.spawned),
+        "idle": text_keys(memory.idle),
+        "resting": text_keys(memory.resting),
         "watches": {str(c): asdict(watch) for c, watch in memory.watches.items()},
     }
     return tensors, facts
@@ -63,9 +64,5 @@ def from_parts(
     )
 
 
-def _text_keys(values: Mapping[int, int]) -> dict[str, int]:
-    return {str(key): value for key, value in sorted(values.items())}
-
-
 def _number_keys(values: Mapping[str, int]) -> dict[int, int]:
-    return {int(key): int(value) for key, value in values.items()}
+    return {key: int(value) for key, value in number_keys(values).items()}

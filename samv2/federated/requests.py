@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
+from samv2.common.json_keys import number_keys, text_keys
 from samv2.common.settings import Settings
 from samv2.experts.sub_graph import SubGraph
 from samv2.federated.client_round import RoundRequest
@@ -44,15 +44,17 @@ class Requests:
         Args:
             clients: {node id: client}.
         """
-        return {
-            str(client): self._versions[node]
-            for node, client in clients.items()
-            if node in self._versions
-        }
+        return text_keys(
+            {
+                client: self._versions[node]
+                for node, client in clients.items()
+                if node in self._versions
+            }
+        )
 
-    def recall(self, versions: Mapping[str, Any]) -> None:
+    def recall(self, versions: Mapping[str, int]) -> None:
         """Take up what an earlier start's :meth:`memory` was."""
-        self._recalled = {int(client): int(n) for client, n in versions.items()}
+        self._recalled = number_keys(versions)
 
     def meet(self, clients: Mapping[int, int]) -> None:
         """Clients have enrolled: go by what is recalled of them."""

@@ -20,6 +20,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from samv2.common.errors import FederationError
+from samv2.common.json_keys import number_keys, text_keys
 from samv2.federated.questions import ANSWER_SECONDS, Claim, Who, ask_who
 from samv2.federated.refusals import count_hostile, quarantined
 from samv2.federated.server_merge import Refusal
@@ -61,16 +62,16 @@ class Roster:
     def memory(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint keeps: hostile replies and nodes by client, barred nodes."""
         return {
-            "hostile": _named(self._hostile),
-            "homes": _named(self._homes),
+            "hostile": text_keys(self._hostile),
+            "homes": text_keys(self._homes),
             "barred": {str(node): 1 for node in sorted(self._barred)},
         }
 
     def recall(self, memory: Mapping[str, Mapping[str, Any]]) -> None:
         """Take up what an earlier start's :meth:`memory` was, before :meth:`enrol`."""
-        self._hostile = _numbered(memory.get("hostile", {}))
-        self._homes = _numbered(memory.get("homes", {}))
-        self._barred = set(_numbered(memory.get("barred", {})))
+        self._hostile = number_keys(memory.get("hostile", {}))
+        self._homes = number_keys(memory.get("homes", {}))
+        self._barred = set(number_keys(memory.get("barred", {})))
 
     def enrol(self, grid: Grid) -> None:
         """Wait for the clients that are wanted and not away, and learn who is who.
@@ -296,11 +297,3 @@ class Roster:
             if claim.node not in known and (homes or not known):
                 known.append(claim.node)
                 del known[:-HOMES]
-
-
-def _named(numbers: Mapping[int, Any]) -> dict[str, Any]:
-    return {str(key): number for key, number in sorted(numbers.items())}
-
-
-def _numbered(names: Mapping[str, Any]) -> dict[int, Any]:
-    return {int(key): number for key, number in names.items()}

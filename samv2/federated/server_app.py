@@ -23,6 +23,7 @@ from torch import Tensor
 from samv2.common.config import to_flat
 from samv2.common.event_log import EventLog, event_log
 from samv2.common.files import sweep, write_json
+from samv2.common.json_keys import number_keys, text_keys
 from samv2.common.settings import Settings
 from samv2.common.telemetry import read_metrics, read_rows
 from samv2.federated.checkpoint import (
@@ -185,7 +186,7 @@ def _federate(
 
         def on_start(scores: dict[str, Score]) -> None:
             facts["start"] = perplexities(scores) or None
-            facts["gate_bytes"] = {str(k): v for k, v in strategy.gate_bytes.items()}
+            facts["gate_bytes"] = text_keys(strategy.gate_bytes)
             if strategy.siblings:
                 write_json(run.siblings, {"clients": strategy.siblings})
             checkpoint(strategy.state)
@@ -213,7 +214,7 @@ def _federate(
             on_event=events.event,
         )
         strategy.recall(facts["clients"])
-        strategy.gate_bytes = {int(k): v for k, v in facts["gate_bytes"].items()}
+        strategy.gate_bytes = number_keys(facts["gate_bytes"])
         strategy.start(grid)
     return _summarise(
         run,

@@ -14,6 +14,12 @@ from torch import Tensor
 
 from samv2.common.config import load_settings
 from samv2.common.settings import Settings
+from samv2.data.shards import (
+    ClientShard,
+    FederatedIndex,
+    FederatedText,
+    save_federated_text,
+)
 from samv2.experts.graph import ExpertGraph
 from samv2.federated import round_logs
 from samv2.federated.client_round import TrainReply
@@ -96,6 +102,32 @@ def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         )
     ]
     assert not different, f"tensors differ: {different[:5]}"
+
+
+def save_one_client(tokens_N: Tensor, folder: Path) -> None:
+    """Shards of one client with 2,000 tokens, and too little held-out text of "tiny"."""
+    shard = ClientShard(
+        index=0,
+        train=tokens_N[:2000],
+        heldout={"python": tokens_N[-1000:], "tiny": tokens_N[:5]},
+        category_counts={"python": 1},
+        description="client 0",
+        tokenizer_fingerprint="-",
+    )
+    index = FederatedIndex(
+        domains=("python",),
+        split="domain",
+        seed=0,
+        category_counts=({"python": 1},),
+        train_tokens=(2000,),
+        category_heterogeneity=0.0,
+        token_heterogeneity=0.0,
+        tokenizer_fingerprint="-",
+        corpus_sha256={},
+    )
+    save_federated_text(
+        FederatedText(clients=(shard,), calibration={}, index=index), folder
+    )
 
 
 def toy_graph(version: int = 0, *, order: Sequence[int] | None = None) -> ExpertGraph:

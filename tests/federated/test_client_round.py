@@ -15,12 +15,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from samv2.common.callbacks import StepReport, TrainerCallback
 from samv2.common.errors import FrameError, GraphError
-from samv2.data.shards import (
-    ClientShard,
-    FederatedIndex,
-    FederatedText,
-    save_federated_text,
-)
 from samv2.experts.block_ids import expert_block
 from samv2.experts.graph import Edit, ExpertGraph
 from samv2.experts.sibling_gate import count_tokens, gate_for_kinds
@@ -49,7 +43,7 @@ from samv2.federated.moments import Moments
 from samv2.federated.usage import unpack_usage
 from samv2.models.save import save_expert_model
 from samv2.updates.packing import pack, unpack
-from tests.federated.runs import SMALL, small_settings, toy_graph
+from tests.federated.runs import SMALL, save_one_client, small_settings, toy_graph
 from tests.helpers import convert
 
 PRUNE = Edit(layer=0, src=1, dst=3, kind="prune", score=0.1, reason="idle")
@@ -177,27 +171,7 @@ def test_seeds_differ_and_fit_a_generator() -> None:
 @pytest.fixture
 def runtime(expert_folder: Path, tiny_tokens: Tensor, tmp_path: Path) -> ClientRuntime:
     """A runtime with one client that holds 2,000 tokens."""
-    shard = ClientShard(
-        index=0,
-        train=tiny_tokens[:2000],
-        heldout={"python": tiny_tokens[-1000:], "tiny": tiny_tokens[:5]},
-        category_counts={"python": 1},
-        description="client 0",
-        tokenizer_fingerprint="-",
-    )
-    index = FederatedIndex(
-        domains=("python",),
-        split="domain",
-        seed=0,
-        category_counts=({"python": 1},),
-        train_tokens=(2000,),
-        category_heterogeneity=0.0,
-        token_heterogeneity=0.0,
-        tokenizer_fingerprint="-",
-        corpus_sha256={},
-    )
-    text = FederatedText(clients=(shard,), calibration={}, index=index)
-    save_federated_text(text, tmp_path / "shards")
+    save_one_client(tiny_tokens, tmp_path / "shards")
     settings = small_settings(expert_folder)
     return load_runtime(
         expert_folder, tmp_path / "shards", tmp_path / "states", settings

@@ -16,12 +16,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from samv2.common.errors import ConfigError
 from samv2.common.settings import Settings
-from samv2.data.shards import (
-    ClientShard,
-    FederatedIndex,
-    FederatedText,
-    save_federated_text,
-)
 from samv2.experts.sub_graph import SubGraph
 from samv2.federated.client_round import RoundRequest, TrainReply, load_runtime
 from samv2.federated.graph_message import GraphMessage, pack_graph
@@ -30,7 +24,7 @@ from samv2.federated.workers import worker_count
 from samv2.models.perplexity import Score
 from samv2.models.save import save_expert_model
 from samv2.updates.packing import pack, unpack
-from tests.federated.runs import SMALL, small_settings, toy_settings
+from tests.federated.runs import SMALL, save_one_client, small_settings, toy_settings
 from tests.helpers import TOLERANCES, convert, stir
 from tests.second_device import Job, do
 
@@ -66,7 +60,7 @@ def rounds(
 ) -> dict[str, tuple[Job, Done, Done]]:
     """For each case the job, what the CPU gave, and what the other device gave."""
     root = tmp_path_factory.mktemp("devices")
-    save_text(tiny_tokens, root / "shards")
+    save_one_client(tiny_tokens, root / "shards")
     jobs = {}
     for name, (overrides, part) in CASES.items():
         llama = LlamaForCausalLM.from_pretrained(tiny_llama_folder).eval()
@@ -86,32 +80,6 @@ def rounds(
     far = pickle.loads((root / "result").read_bytes())
     near = [do(replace(job, states=root / "near" / n)) for n, job in jobs.items()]
     return {n: (jobs[n], *both) for n, *both in zip(jobs, near, far)}
-
-
-def save_text(tokens_N: Tensor, folder: Path) -> None:
-    """Text of one client."""
-    shard = ClientShard(
-        index=0,
-        train=tokens_N[:2000],
-        heldout={"python": tokens_N[-1000:]},
-        category_counts={"python": 1},
-        description="client 0",
-        tokenizer_fingerprint="-",
-    )
-    index = FederatedIndex(
-        domains=("python",),
-        split="domain",
-        seed=0,
-        category_counts=({"python": 1},),
-        train_tokens=(2000,),
-        category_heterogeneity=0.0,
-        token_heterogeneity=0.0,
-        tokenizer_fingerprint="-",
-        corpus_sha256={},
-    )
-    save_federated_text(
-        FederatedText(clients=(shard,), calibration={}, index=index), folder
-    )
 
 
 def job_of(root: Path, name: str, settings: Settings, part: SubGraph | None) -> Job:

@@ -27,6 +27,7 @@ from samv2.common.config import (
     to_flat,
 )
 from samv2.common.errors import ConfigError
+from samv2.common.settings import Settings
 from samv2.configs import config_path
 from samv2.federated.client_app import (
     client_index,
@@ -148,6 +149,12 @@ def simulation_environment(home: Path) -> dict[str, str]:
     }
 
 
+def simulation_command(logs: Path, settings: Settings) -> list[str]:
+    """Simulate two clients."""
+    script = REPOSITORY / "scripts" / "flower_simulation.sh"
+    return ["bash", str(script), str(logs), "2", run_config(to_flat(settings))]
+
+
 def run_config(settings: dict[str, Any]) -> str:
     """Settings as ``flwr run --run-config`` reads them."""
 
@@ -188,13 +195,7 @@ def test_flowers_simulation_ends_in_the_bits_of_the_embedded_engine(
     )
     logs, home = tmp_path / "logs", tmp_path / "flwr"
     done = subprocess.run(
-        [
-            "bash",
-            str(REPOSITORY / "scripts" / "flower_simulation.sh"),
-            str(logs),
-            "2",
-            run_config(to_flat(settings)),
-        ],
+        simulation_command(logs, settings),
         env=simulation_environment(home),
         capture_output=True,
         text=True,

@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from samv2.common.config import to_flat
 from samv2.common.telemetry import read_metrics
 from samv2.federated import simulation_workers
 from samv2.federated.server_app import run_embedded
@@ -23,8 +22,7 @@ from tests.federated.runs import (
     small_settings,
 )
 from tests.federated.test_flower_app import (
-    REPOSITORY,
-    run_config,
+    simulation_command,
     simulation_environment,
     started_with,
 )
@@ -84,13 +82,7 @@ def test_rounds_stay_whole_when_a_worker_is_killed(
     )
     logs, home = tmp_path / "logs", tmp_path / "flwr"
     running = subprocess.Popen(
-        [
-            "bash",
-            str(REPOSITORY / "scripts" / "flower_simulation.sh"),
-            str(logs),
-            "2",
-            run_config(to_flat(settings)),
-        ],
+        simulation_command(logs, settings),
         env=simulation_environment(home),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
